@@ -1,0 +1,46 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup train test test-unit test-elastic soak lint type layers check
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "trm_dist needs Python 3.11 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+# The main job: TRM on 4x4 Sudoku with two workers. Ctrl+C, then `make train` again, goes on.
+train: $(READY)
+	$(BIN)/torchrun --standalone --nproc_per_node=2 --max-restarts=20 -m trm_dist train \
+	    --dataset 'sudoku4:train?count=50000' --eval-dataset 'sudoku4:test?count=1000' \
+	    --checkpoint-dir checkpoints --checkpoint-interval 50 --eval-interval 50 \
+	    --dim 64 --expansion 2 --h-cycles 2 --l-cycles 2 --n-sup 4 \
+	    --batch-size 128 --shards 2 --epochs 1 --lr 3e-3 --warmup-steps 50
+
+test: $(READY)
+	$(BIN)/python -m pytest -m 'not soak'
+
+test-unit: $(READY)
+	$(BIN)/python -m pytest tests/unit
+
+test-elastic: $(READY)
+	$(BIN)/python -m pytest tests/elastic -m 'not soak'
+
+# Fifty finished runs, and the other tests that take long.
+soak: $(READY)
+	$(BIN)/python -m pytest -m soak
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+type: $(READY)
+	$(BIN)/mypy
+
+layers: $(READY)
+	$(BIN)/lint-imports --no-logo
+
+check: lint type layers test

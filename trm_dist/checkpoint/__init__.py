@@ -1,0 +1,1 @@
+"""What is kept: names, state, snapshot, seal, store, publishing, retention, resume."""

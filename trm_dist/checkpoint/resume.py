@@ -1,0 +1,207 @@
+"""Where a run goes on: the newest valid state, a branch from an older one, or a fresh start."""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from trm_dist.checkpoint.names import FINAL, LATEST, is_checkpoint_name
+from trm_dist.checkpoint.publish import position, read_tail
+from trm_dist.checkpoint.runs import Run, read_run
+from trm_dist.checkpoint.seal import Seal
+from trm_dist.checkpoint.state import from_bytes
+from trm_dist.checkpoint.store import Store, open_store, split_url
+from trm_dist.config import CheckpointConfig
+from trm_dist.errors import CorruptCheckpointError, ResumeError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A file under a documented name."""
+
+    name: str
+    seal: Seal | None
+    """None when it has no readable seal, so nothing is known of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """How a run starts: which run and branch it is, and from which verified state."""
+
+    run: Run
+    source: str
+    """Where the state was read, for people; empty: a fresh start."""
+    data: bytes
+    """The sealed checkpoint; empty: a fresh start."""
+    state: dict[str, Any] | None
+    """What `data` holds."""
+
+
+def find_checkpoints(store: Store) -> list[Found]:
+    """List every checkpoint, reading its seal only."""
+    found = []
+    for entry in store.entries():
+        if is_checkpoint_name(entry.name):
+            try:
+                found.append(Found(entry.name, read_tail(store, entry.name)))
+            except FileNotFoundError:  # removed by hand while we look
+                continue
+            except CorruptCheckpointError as error:
+                logger.warning("%s: %s; it is left in place", entry.name, error)
+                found.append(Found(entry.name, None))
+    return found
+
+
+def choose_start(store: Store, config: CheckpointConfig, launch_id: str) -> Start:
+    """Choose where to start; nothing is written.
+
+    Args:
+        store: The store of `--checkpoint-dir`.
+        config: `--resume` and what goes with it.
+        launch_id: Names this launch; its restarted workers give the same one.
+
+    Raises:
+        ResumeError: There is nothing valid to go on from, or `--resume never` meets checkpoints.
+    """
+    found = find_checkpoints(store)
+    run = read_run(store) or Run.rebuilt(each.seal.summary for each in found if each.seal)
+    is_restart = run is not None and bool(run.launch_id) and run.launch_id == launch_id
+    if config.resume == "never" and not is_restart:
+        return _start_over(store, found, config, launch_id)
+    names_a_file = config.resume not in {"auto", "never"}
+    if names_a_file and not _is_latest_of(config.resume, store.url):
+        return _branch(store, run, found, config, launch_id=launch_id, is_restart=is_restart)
+    newest = _newest(store, run, found)
+    if newest is not None:
+        return newest
+    _refuse_if_lost(store, run, found)
+    if names_a_file:
+        raise ResumeError(
+            f"--resume {config.resume}: {store.url} holds no checkpoint. Check the path, or leave "
+            "--resume out to start fresh."
+        )
+    return Start(run or Run.fresh(launch_id), "", b"", None)
+
+
+def _start_over(
+    store: Store, found: list[Found], config: CheckpointConfig, launch_id: str
+) -> Start:
+    if found and not config.overwrite:
+        raise ResumeError(
+            f"--resume never: {store.url} already holds {len(found)} checkpoint(s), such as "
+            f"{found[0].name}. Choose another --checkpoint-dir, or add --overwrite to start over."
+        )
+    return Start(Run.fresh(launch_id), "", b"", None)
+
+
+def _branch(
+    store: Store,
+    run: Run | None,
+    found: list[Found],
+    config: CheckpointConfig,
+    *,
+    launch_id: str,
+    is_restart: bool,
+) -> Start:
+    """Start or continue the branch that begins at the file `--resume` names."""
+    # The branch of a restarted launch is its own: its origin may have been overwritten since.
+    newest = _newest(store, run, found) if is_restart else None
+    if newest is not None:
+        return newest
+    origin = _read_origin(config.resume)
+    if run is not None and run.origin == origin.seal.digest and not config.overwrite:
+        newest = _newest(store, run, found)
+        return newest or Start(run, config.resume, origin.data, origin.state)
+    begun = (run or Run.fresh(launch_id)).next_branch(origin.seal.digest, launch_id)
+    return Start(begun, config.resume, origin.data, origin.state)
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    data: bytes
+    seal: Seal
+    state: dict[str, Any]
+
+
+def _read_origin(url: str) -> _Origin:
+    directory, name = split_url(url)
+    store = open_store(directory)
+    try:
+        data = store.read(name)
+        state = from_bytes(data)
+        return _Origin(data, read_tail(store, name), state)
+    except FileNotFoundError as error:
+        raise ResumeError(
+            f"--resume {url}: there is no such file. `trm_dist ls DIR` lists what there is."
+        ) from error
+    except IsADirectoryError as error:
+        raise ResumeError(
+            f"--resume {url}: this is a directory. Give it as --checkpoint-dir; its newest state "
+            "is then taken without --resume."
+        ) from error
+    except CorruptCheckpointError as error:
+        raise ResumeError(
+            f"--resume {url}: {error}. Choose another checkpoint; `trm_dist verify DIR` names the "
+            "good ones."
+        ) from error
+
+
+def _newest(store: Store, run: Run | None, found: list[Found]) -> Start | None:
+    """Return the newest valid state of the run's current branch, or the one it begins from."""
+    if run is None:
+        return None
+    for each in _by_age(run, found):
+        try:
+            data = store.read(each.name)
+            state = from_bytes(data)
+        except FileNotFoundError:
+            continue
+        except CorruptCheckpointError as error:
+            logger.warning("%s is damaged (%s); an older one is tried", each.name, error)
+            continue
+        return Start(run, os.path.join(store.url, each.name), data, state)
+    return None
+
+
+def _refuse_if_lost(store: Store, run: Run | None, found: list[Found]) -> None:
+    """Refuse a silent fresh start where a state should have been found.
+
+    Raises:
+        ResumeError: There are files of this run and none is valid, or a branch has lost its origin.
+    """
+    damaged = [each.name for each in found if each.seal is None]
+    damaged += [each.name for each in _by_age(run, found)] if run else []
+    if damaged:
+        raise ResumeError(
+            f"{store.url} holds checkpoints and none of them is valid: {', '.join(damaged)}. "
+            "Nothing was changed. Restore one from a copy, or start over with "
+            "--resume never --overwrite."
+        )
+    if run and run.origin:
+        raise ResumeError(
+            f"{store.url}: branch {run.branch} of the run has no checkpoint yet, and the one it "
+            "begins from is not here any more. Name it with --resume PATH."
+        )
+
+
+def _by_age(run: Run, found: list[Found]) -> list[Found]:
+    """Return the current branch's files, newest first, and last the one the branch begins from."""
+    rank = {LATEST: 2, FINAL: 1}
+    placed, origins = [], []
+    for each in found:
+        if each.seal is None:
+            continue
+        summary = each.seal.summary
+        if (summary["run_id"], summary["branch"]) == (run.run_id, run.branch):
+            placed.append((position(summary), rank.get(each.name, 0), each))
+        elif run.origin and each.seal.digest == run.origin:
+            origins.append(each)
+    placed.sort(key=lambda item: item[:2], reverse=True)
+    return [each for *_, each in placed] + origins
+
+
+def _is_latest_of(resume: str, directory: str) -> bool:
+    folder, name = os.path.split(resume)
+    return name == LATEST and os.path.realpath(folder or ".") == os.path.realpath(directory)

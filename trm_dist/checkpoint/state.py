@@ -1,0 +1,135 @@
+"""What a checkpoint holds, how it becomes bytes and comes back, and its digest.
+
+One file, loadable by a bare `torch.load(path)`: tensors, numbers, strings, lists and dicts only.
+"""
+
+import hashlib
+import io
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trm_dist.checkpoint.names import parse_epoch_name
+from trm_dist.checkpoint.seal import seal, verify_seal
+from trm_dist.errors import CorruptCheckpointError
+from trm_dist.progress import COUNTERS
+
+FORMAT_VERSION = 1
+
+KEYS = frozenset(COUNTERS) | {
+    "model_state_dict", "optimizer_state_dict", "scheduler_state_dict", "ema_state_dict",
+    "rng_state", "config", "dataset", "world", "run", "format_version",
+}  # fmt: skip
+"""Top-level keys of a checkpoint."""
+
+_DIGEST_SECTIONS = ("model_state_dict", "ema_state_dict", "optimizer_state_dict")
+
+
+def to_bytes(state: dict[str, Any]) -> tuple[memoryview, dict[str, Any]]:
+    """Return a checkpoint's sealed bytes and the summary in its seal.
+
+    Args:
+        state: The state, with every key of KEYS; not changed.
+    """
+    assert state.keys() == KEYS, state.keys() ^ KEYS
+    summary = {name: state[name] for name in (*COUNTERS, "format_version")} | {
+        name: state["run"][name] for name in ("run_id", "branch", "origin", "created_at")
+    }
+    return sealed(state, summary), summary
+
+
+def sealed(content: dict[str, Any], summary: dict[str, Any]) -> memoryview:
+    """Serialize any content that `torch.load` can read, and seal it."""
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return seal(stream, summary)
+
+
+def from_bytes(data: bytes | memoryview) -> dict[str, Any]:
+    """Verify and load a checkpoint; never runs code that the bytes might carry.
+
+    Raises:
+        CorruptCheckpointError: The bytes are not what was written, or no checkpoint of this format.
+    """
+    verify_seal(data)
+    try:
+        state = torch.load(io.BytesIO(data), weights_only=True)
+    # torch and pickle raise many kinds for bytes that are no checkpoint; all mean the same here.
+    except Exception as error:
+        raise CorruptCheckpointError(
+            f"torch.load refuses it: {str(error).splitlines()[0]}"
+        ) from error
+    if not isinstance(state, dict) or not state.keys() >= KEYS:
+        raise CorruptCheckpointError("it does not hold a training state")
+    if state["format_version"] > FORMAT_VERSION:
+        raise CorruptCheckpointError(
+            f"its format_version {state['format_version']} is newer than this program's "
+            f"{FORMAT_VERSION}; update trm_dist"
+        )
+    return state
+
+
+def digest(state: Mapping[str, Any]) -> str:
+    """Return the sha256 of weights, averaged weights and optimizer state.
+
+    Every tensor of model_state_dict, ema_state_dict and optimizer_state_dict, in this order and
+    inside each by its path as text; of each its path, type, shape and little-endian bytes.
+    """
+    total = hashlib.sha256()
+    for section in _DIGEST_SECTIONS:
+        for path, tensor in sorted(_tensors(state[section], section)):
+            total.update(f"{path} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            flat = tensor.detach().cpu().contiguous().flatten()
+            total.update(flat.view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def find_damage(data: bytes | memoryview, name: str) -> list[str]:
+    """Look for everything that can be wrong with a checkpoint, beyond what a resume checks.
+
+    Args:
+        data: All bytes of the file.
+        name: Its name, whose counters must be those inside.
+
+    Returns:
+        What is wrong, in words; empty when the checkpoint is good.
+    """
+    try:
+        state = from_bytes(data)
+    except CorruptCheckpointError as error:
+        return [str(error)]
+    found = []
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        found.append(f"the CRC of its record {damaged} does not match")
+    summary = verify_seal(data).summary
+    found += [
+        f"its seal says {name}={summary.get(name)} and its content {state[name]}"
+        for name in COUNTERS
+        if summary.get(name) != state[name]
+    ]
+    counters = state["epoch"], state["batch_idx"]
+    if parse_epoch_name(name) not in {None, counters}:
+        found.append(f"its name does not say epoch {counters[0]} batch {counters[1]}")
+    found += [
+        f"{path} holds values that are not finite"
+        for section in _DIGEST_SECTIONS
+        for path, tensor in _tensors(state[section], section)
+        if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
+    return found
+
+
+def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from _tensors(each, f"{path}.{key}")
+    elif isinstance(value, list | tuple):
+        for number, each in enumerate(value):
+            yield from _tensors(each, f"{path}.{number}")

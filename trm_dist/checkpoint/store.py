@@ -1,0 +1,261 @@
+"""Where checkpoints lie: a few atomic verbs, and a local directory behind them.
+
+Locations are URL strings. The top level of a store holds documented names and nothing else; all
+else (temporary files, run.json, locks) lies in `.trm_dist/` below it, so that a clean-up of the
+directory by hand never hurts a run.
+
+fsspec's own local writes truncate in place and never reach the disk for sure, so the local store
+does the four steps itself: write aside, flush to disk, rename, flush the directory.
+"""
+
+import fcntl
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from trm_dist.errors import ConfigError
+
+HIDDEN = ".trm_dist"
+"""Folder of a store for everything that is not a checkpoint."""
+
+_TEMPORARY = "tmp-"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file at the top level of a store."""
+
+    name: str
+    size_bytes: int
+    modified_s: float
+    """Seconds since the epoch."""
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Atomic storage of named bytes. All errors are OSErrors of the usual kinds."""
+
+    url: str
+    """Location, for messages."""
+
+    def entries(self) -> list[Entry]:
+        """List the top level. A store that does not exist yet is empty; one that fails raises."""
+        ...
+
+    def read(self, name: str, start: int = 0, num_bytes: int | None = None) -> bytes:
+        """Read a range of a file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+        """
+        ...
+
+    def put(self, name: str, data: bytes | memoryview) -> None:
+        """Write a whole file: once this returns it is durable; before, the old one stands."""
+        ...
+
+    def put_if(self, name: str, data: bytes, expected: bytes | None) -> bool:
+        """Write a small file only if it still holds `expected` (None: does not exist).
+
+        Returns:
+            Whether it was written.
+        """
+        ...
+
+    def copy(self, source: str, target: str) -> None:
+        """Make `target` a real file with the content of `source`, atomically.
+
+        Raises:
+            FileNotFoundError: `source` is gone.
+        """
+        ...
+
+    def delete(self, name: str) -> None:
+        """Remove a file; one that is already gone is fine."""
+        ...
+
+    def claim(self, wait_s: float) -> bool:
+        """Become the only writer until this process ends.
+
+        Returns:
+            False when another live process has been the writer for all of `wait_s` seconds.
+        """
+        ...
+
+    def check_writable(self) -> None:
+        """Raise if nothing could be written; leave nothing behind."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Return the free space; None where there is no such limit."""
+        ...
+
+
+class LocalStore:
+    """A directory of a local or shared file system."""
+
+    def __init__(self, path: str) -> None:
+        self.url = path
+        self._numbers = itertools.count()
+        self._claim: int | None = None
+
+    def entries(self) -> list[Entry]:
+        """List the files of the directory."""
+        found = []
+        with suppress(FileNotFoundError), os.scandir(self.url) as listing:
+            for each in listing:
+                with suppress(FileNotFoundError):  # removed by hand while we look
+                    if each.is_file():
+                        status = each.stat()
+                        found.append(Entry(each.name, status.st_size, status.st_mtime))
+        return found
+
+    def read(self, name: str, start: int = 0, num_bytes: int | None = None) -> bytes:
+        """Read a range of a file."""
+        with open(self._path(name), "rb") as file:
+            file.seek(start)
+            return file.read(-1 if num_bytes is None else num_bytes)
+
+    def put(self, name: str, data: bytes | memoryview) -> None:
+        """Write aside, flush, rename, flush the directory."""
+        with self._temporary() as temporary:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                _write_all(descriptor, memoryview(data))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            self._move_into_place(temporary, name)
+
+    def put_if(self, name: str, data: bytes, expected: bytes | None) -> bool:
+        """Compare and write under a lock of the directory."""
+        with self._locked():
+            try:
+                current: bytes | None = self.read(name)
+            except FileNotFoundError:
+                current = None
+            if current != expected:
+                return False
+            self.put(name, data)
+            return True
+
+    def copy(self, source: str, target: str) -> None:
+        """Make a hard link beside and rename it; copy where there are no links."""
+        with self._temporary() as temporary:
+            try:
+                os.link(self._path(source), temporary)
+            except FileNotFoundError:
+                raise
+            except OSError:
+                self.put(target, self.read(source))
+                return
+            self._move_into_place(temporary, target)
+
+    def delete(self, name: str) -> None:
+        """Remove a file."""
+        with suppress(FileNotFoundError):
+            os.unlink(self._path(name))
+
+    def claim(self, wait_s: float) -> bool:
+        """Hold a lock that the kernel releases when this process ends, however it ends."""
+        os.makedirs(self._path(HIDDEN), exist_ok=True)
+        descriptor = os.open(self._path(f"{HIDDEN}/writer.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    os.close(descriptor)
+                    return False
+                time.sleep(0.05)
+        self._claim = descriptor
+        self._remove_leftovers()
+        return True
+
+    def check_writable(self) -> None:
+        """Write a nameless file into the directory, or into the one it would be made in."""
+        with tempfile.TemporaryFile(dir=self._nearest_existing()):
+            pass
+
+    def free_bytes(self) -> int | None:
+        """Return what the file system has left for this user."""
+        status = os.statvfs(self._nearest_existing())
+        return status.f_bavail * status.f_frsize
+
+    def _nearest_existing(self) -> str:
+        path = os.path.abspath(self.url)
+        while not os.path.exists(path):
+            path = os.path.dirname(path)
+        return path
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.url, name)
+
+    @contextmanager
+    def _temporary(self) -> Iterator[str]:
+        """Give a name nobody else uses, and leave nothing behind under it."""
+        os.makedirs(self._path(HIDDEN), exist_ok=True)
+        path = self._path(f"{HIDDEN}/{_TEMPORARY}{os.getpid()}-{next(self._numbers)}")
+        try:
+            yield path
+        finally:
+            # A rename of one link over another of the same file leaves the first in place.
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def _move_into_place(self, temporary: str, name: str) -> None:
+        os.rename(temporary, self._path(name))
+        folder = os.open(os.path.dirname(self._path(name)), os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        os.makedirs(self._path(HIDDEN), exist_ok=True)
+        with open(self._path(f"{HIDDEN}/lock"), "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def _remove_leftovers(self) -> None:
+        """Remove temporary files of writers that died; only the one writer calls this."""
+        for name in os.listdir(self._path(HIDDEN)):
+            if name.startswith(_TEMPORARY):
+                self.delete(f"{HIDDEN}/{name}")
+
+
+def open_store(url: str) -> Store:
+    """Open the store at a URL or path.
+
+    Raises:
+        ConfigError: There is no store for this kind of URL.
+    """
+    scheme, separator, path = url.partition("://")
+    if not separator:
+        return LocalStore(url)
+    if scheme in {"file", "local"}:
+        return LocalStore(path)
+    raise ConfigError(
+        f"--checkpoint-dir {url}: checkpoints can be kept in a local or mounted directory so far, "
+        f"not in {scheme}://. Give a path."
+    )
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    written = 0
+    while written < len(data):
+        written += os.write(descriptor, data[written : written + (1 << 26)])
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """Split the URL of a file into that of its directory and its name."""
+    directory, _, name = url.rpartition("/")
+    return (directory or ("/" if url.startswith("/") else "."), name)

@@ -1,0 +1,301 @@
+"""Settings: one frozen dataclass per subject, checked, and knowing where each value came from.
+
+The dataclasses are the command line (tyro reads fields, docstrings and defaults), so a setting is
+declared once. A flag that is not given takes the value stored in the checkpoint; defaults apply to
+a fresh start only. `resolve` keeps that order and remembers the origin of every value.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, Literal, Self
+
+import tyro
+
+from trm_dist.errors import ConfigError, ResumeError
+
+Origin = Literal["given", "stored", "default"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The model; all of it must match on resume."""
+
+    net: Literal["mlp", "attn"] = "mlp"
+    """How positions are mixed: a gated MLP over them, or self-attention with rotary positions."""
+    dim: int = 128
+    """Width of the network (512 in the paper)."""
+    depth: int = 2
+    """Blocks of the network."""
+    heads: int = 0
+    """Attention heads; 0: one for every 64 of --dim. Read by --net attn only."""
+    seq_len: int = 0
+    """Positions of a sample; 0: what the data set needs (16 for 4x4 Sudoku, 256 for text)."""
+    prefix_len: int = 0
+    """Extra positions in front, which start from zero (16 in the paper)."""
+    expansion: float = 4.0
+    """Expansion of the gated MLPs."""
+    h_cycles: int = 3
+    """T: rounds of refinement in a supervision step; only the last one has a gradient."""
+    l_cycles: int = 6
+    """n: updates of the latent before each update of the output."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "depth", "h_cycles", "l_cycles"):
+            _require(self, name, lambda value: value >= 1, "must be at least 1")
+        for name in ("heads", "seq_len", "prefix_len"):
+            _require(self, name, lambda value: value >= 0, "must not be negative")
+        _require(self, "expansion", lambda value: 0 < value <= 64, "must be in (0, 64]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """What the model is fed."""
+
+    dataset: Annotated[str, tyro.conf.arg(aliases=["--data"])] = ""
+    """A JSON or JSONL file (a path or any fsspec URL), or sudoku4:train?count=20000&seed=0."""
+    eval_dataset: str = ""
+    """A data set to evaluate on, in the same forms; empty: no evaluation."""
+    overlong: Literal["truncate", "drop"] = "truncate"
+    """What happens to a text record that does not fit --seq-len."""
+    batch_size: int = 4
+    """Samples of a batch over all workers; the same at every world size."""
+    shards: int = 0
+    """Fixed parts of a batch; 0: the largest power of two up to 8 that divides --batch-size."""
+    seed: int = 0
+    """Seed of the weights, the order of samples and the halting exploration."""
+
+    def __post_init__(self) -> None:
+        _require(self, "batch_size", lambda value: value >= 1, "must be at least 1")
+        _require(self, "shards", lambda value: value >= 0, "must not be negative")
+        _require(self, "seed", lambda value: 0 <= value < 2**63, "must be in [0, 2^63)")
+        if self.shards and self.batch_size % self.shards:
+            raise ConfigError(
+                f"--shards {self.shards} does not divide --batch-size {self.batch_size}, and every "
+                f"shard must have the same number of rows. Use {_shards_for(self.batch_size)}, "
+                "or leave the flag out."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """How the weights are changed."""
+
+    epochs: int = 10
+    """Epochs in total, over all restarts; may be raised on resume."""
+    lr: Annotated[float, tyro.conf.arg(aliases=["--learning-rate"])] = 1e-4
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 2000
+    """Optimizer steps over which the learning rate rises from zero; constant afterwards."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay (1.0 in the paper on small data)."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0: no clipping."""
+    ema: float = 0.999
+    """Decay of the averaged weights, which are the ones evaluated."""
+    n_sup: int = 16
+    """Most supervision steps of a batch; each is one optimizer step."""
+    halt_explore: float = 0.1
+    """Share of samples that may not halt before a random step of 2..n_sup."""
+    loss: Literal["stablemax", "softmax"] = "stablemax"
+    """Cross-entropy over the tokens."""
+    optim: Literal["adamw"] = "adamw"
+    """Optimizer."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """When a loss or gradient is not finite: stop with the samples' numbers, or leave the batch."""
+    eval_interval: int = 0
+    """Batches between evaluations; 0: at the end only."""
+    threads: int = 1
+    """Threads of a worker; another number may change the last bits of every sum."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "n_sup", "threads"):
+            _require(self, name, lambda value: value >= 1, "must be at least 1")
+        for name in ("warmup_steps", "eval_interval", "weight_decay", "clip"):
+            _require(self, name, _is_size, "must not be negative")
+        _require(self, "lr", lambda value: 0 < value < math.inf, "must be above 0")
+        for name in ("ema", "halt_explore"):
+            _require(self, name, lambda value: 0 <= value < 1, "must be in [0, 1)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """What is kept, and where a run goes on."""
+
+    checkpoint_dir: str = "checkpoints"
+    """Directory of the checkpoints."""
+    checkpoint_interval: int = 100
+    """Batches between checkpoints with a name of their own."""
+    latest_every_s: float = 60.0
+    """Seconds after which checkpoint_latest.pt is renewed between those."""
+    keep_last: int = 0
+    """Newest checkpoints with a name of their own to keep; 0: all."""
+    keep_every: int = 0
+    """Keep also each checkpoint whose batch count is a multiple of this; 0: none."""
+    store_deadline: float = 1800.0
+    """Seconds without a commit, while commits fail, after which training stops."""
+    save: str = ""
+    """File for the final model (averaged weights and configuration); empty: none."""
+    resume: str = "auto"
+    """auto: the newest valid state, else a fresh start; never: a fresh start; or a file."""
+    overwrite: bool = False
+    """With --resume never: start over in a used directory. With a file: start one more branch."""
+    allow_dataset_change: bool = False
+    """Go on although the data are not those of the checkpoint."""
+
+    def __post_init__(self) -> None:
+        _require(self, "checkpoint_dir", bool, "must not be empty")
+        _require(self, "checkpoint_interval", lambda value: value >= 1, "must be at least 1")
+        for name in ("latest_every_s", "keep_last", "keep_every", "store_deadline"):
+            _require(self, name, _is_size, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """What is told, and how."""
+
+    log_format: Literal["text", "json"] = "text"
+    """text: lines for people; json: every event as one object a line."""
+    log_every_s: float = 5.0
+    """Seconds between progress lines of --log-format text."""
+
+    def __post_init__(self) -> None:
+        _require(self, "log_every_s", _is_size, "must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Everything a run can be told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def flat(self) -> dict[str, Any]:
+        """Return every setting by its name; names are unique over the subjects."""
+        subjects = [getattr(self, each.name) for each in fields(self)]
+        return {
+            each.name: getattr(owner, each.name) for owner in subjects for each in fields(owner)
+        }
+
+    def with_values(self, values: Mapping[str, Any]) -> Self:
+        """Return a copy in which the named settings are replaced; each value is checked.
+
+        Raises:
+            ConfigError: A value is out of its range.
+        """
+        changed = {}
+        for each in fields(self):
+            subject = getattr(self, each.name)
+            own = {each.name for each in fields(subject)} & values.keys()
+            changed[each.name] = replace(subject, **{name: values[name] for name in own})
+        return replace(self, **changed)
+
+
+PER_START = frozenset({"checkpoint_dir", "resume", "overwrite", "allow_dataset_change"})
+"""Settings that speak of one start and are not taken from a checkpoint."""
+
+IDENTITY = frozenset({each.name for each in fields(ModelConfig)} | {"batch_size", "shards", "seed"})
+"""Settings that make a run what it is: another value cannot continue it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A configuration that remembers where each of its values came from."""
+
+    config: Config
+    origins: Mapping[str, Origin]
+
+    def described(self) -> dict[str, str]:
+        """Return every setting as "value (origin)"."""
+        return {
+            name: f"{value} ({self.origins[name]})" for name, value in self.config.flat().items()
+        }
+
+    def with_derived(self, **values: Any) -> "Settings":
+        """Put real values in the place of those that said "derive it" (0), keeping the origins."""
+        return replace(self, config=self.config.with_values(values))
+
+
+def resolve(config: Config, given: Iterable[str], stored: Mapping[str, Any] | None) -> Settings:
+    """Give every setting its value: given, else stored, else default.
+
+    Args:
+        config: What the command line said, defaults included.
+        given: Names of the settings that were really given.
+        stored: Flat settings of the checkpoint to go on from; None on a fresh start.
+
+    Raises:
+        ResumeError: Given values differ from stored ones that make the run what it is; the
+            message lists all of them.
+    """
+    flat, given, stored = config.flat(), frozenset(given), stored or {}
+    wrong = [
+        f"  {flag(name)}: stored {stored[name]}, given {flat[name]}"
+        for name in flat
+        if name in IDENTITY & given & stored.keys() and not _same(name, flat[name], stored[name])
+    ]
+    if wrong:
+        raise ResumeError(
+            "The flags do not match the checkpoint to go on from:\n" + "\n".join(wrong) + "\n"
+            "Leave these flags out to take the stored values, or choose another --checkpoint-dir."
+        )
+    taken = {
+        name: value
+        for name, value in stored.items()
+        if name in flat and name not in PER_START and (name not in given or name in IDENTITY)
+    }
+    origins: dict[str, Origin] = {
+        name: "given" if name in given else "stored" if name in taken else "default"
+        for name in flat
+    }
+    return Settings(config.with_values(taken), origins)
+
+
+def derived_sizes(config: Config, *, seq_len: int) -> dict[str, int]:
+    """Return the real values of derived settings; `seq_len` is that of the data."""
+    model, data = config.model, config.data
+    return {
+        "heads": model.heads or max(1, model.dim // 64),
+        "seq_len": seq_len,
+        "shards": data.shards or _shards_for(data.batch_size),
+    }
+
+
+def flag(name: str) -> str:
+    """Return the flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def check_heads(model: ModelConfig) -> None:
+    """Check what only the resolved sizes show.
+
+    Raises:
+        ConfigError: The width cannot be divided among the heads.
+    """
+    if model.net == "attn" and (model.dim % model.heads or model.dim // model.heads % 2):
+        raise ConfigError(
+            f"--heads {model.heads} does not divide --dim {model.dim} into parts of even width, "
+            "which rotary positions need. Change one of the two."
+        )
+
+
+def _same(name: str, given: Any, stored: Any) -> bool:
+    derives = given == 0 and name in {"heads", "seq_len", "shards"}
+    return derives or bool(given == stored)
+
+
+def _shards_for(batch_size: int) -> int:
+    return next(count for count in (8, 4, 2, 1) if batch_size % count == 0)
+
+
+def _is_size(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
+def _require(subject: Any, name: str, holds: Callable[[Any], bool], rule: str) -> None:
+    value = getattr(subject, name)
+    if not holds(value):
+        raise ConfigError(f"{flag(name)} {value} {rule}.")

@@ -1,0 +1,1 @@
+"""What it is fed: records, codec, puzzles, data sets, their order."""

@@ -1,0 +1,52 @@
+"""What a worker owes the torchrun agent that started it: to die with it, and to stop it in time."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Mapping
+
+_PR_SET_PDEATHSIG = 1
+_AGENT_MARKS = (
+    "torchrun",
+    "torch.distributed.run",
+    "torch/distributed/run",
+    "torch.distributed.launch",
+)
+
+
+def is_under_agent(environment: Mapping[str, str]) -> bool:
+    """Tell whether torchrun started this process, as far as its environment says."""
+    return "TORCHELASTIC_RUN_ID" in environment
+
+
+def die_with_agent(environment: Mapping[str, str]) -> None:
+    """Let the kernel kill this worker when its agent is gone.
+
+    A killed torchrun leaves its workers running otherwise, and they would train and write on
+    beside the next run. Linux only; elsewhere this does nothing.
+    """
+    if not is_under_agent(environment) or not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent or parent == 1:
+        os._exit(1)  # it was gone before the kernel knew
+
+
+def end_agent(environment: Mapping[str, str]) -> None:
+    """Ask the agent to stop, because the user must change something first.
+
+    To torchrun every exit code but 0 is a reason to start the workers again; wrong usage would be
+    repeated --max-restarts times. Only a parent that is really torchrun gets the signal.
+    """
+    if not is_under_agent(environment):
+        return
+    parent = os.getppid()
+    try:
+        with open(f"/proc/{parent}/cmdline", "rb") as file:
+            command = file.read().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return
+    if any(mark in command for mark in _AGENT_MARKS):
+        os.kill(parent, signal.SIGTERM)

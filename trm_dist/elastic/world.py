@@ -1,0 +1,166 @@
+"""Who is there: this worker's place in the group, and the few things a group does together.
+
+The only owner of the process group. Parts of the trainer receive a `World` or plain values and
+never ask torch.distributed for a rank.
+"""
+
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+JOIN_TIMEOUT_S = 300.0
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This worker's place, as torchrun's environment tells it; alone without torchrun."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    num_nodes: int = 1
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE."""
+        size = int(environment.get("WORLD_SIZE", "1"))
+        local_size = int(environment.get("LOCAL_WORLD_SIZE", size))
+        return cls(
+            rank=int(environment.get("RANK", "0")),
+            size=size,
+            local_rank=int(environment.get("LOCAL_RANK", "0")),
+            num_nodes=-(-size // local_size),
+        )
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this worker writes checkpoints and speaks for the run."""
+        return self.rank == 0
+
+
+class Group:
+    """A formed process group."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Add up a tensor over all workers, in place.
+
+        Exact whatever the order, as long as each entry is zero on all workers but one, or whole.
+        """
+        if self.world.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def broadcast(self, data: bytes) -> bytes:
+        """Send the writer's bytes to everyone; what others pass in is ignored."""
+        if self.world.size == 1:
+            return data
+        size = torch.tensor([len(data)])
+        dist.broadcast(size, src=0)
+        if self.world.is_writer and data:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        else:
+            buffer = torch.empty(int(size), dtype=torch.uint8)
+        if int(size):
+            dist.broadcast(buffer, src=0)
+        return buffer.numpy().tobytes()
+
+    def barrier(self) -> None:
+        """Wait for everyone."""
+        if self.world.size > 1:
+            dist.barrier()
+
+
+def form_group(world: World, environment: Mapping[str, str]) -> Group:
+    """Form the process group with gloo.
+
+    torchrun keeps one key-value store over all restarts of the workers, and gloo would meet the
+    addresses of dead ones in it. So each start of the group meets under a prefix of its own,
+    whatever way it was started, also after a change of membership, which has no counter.
+    """
+    if world.size == 1:
+        store: dist.Store = dist.HashStore()
+    else:
+        timeout = timedelta(seconds=JOIN_TIMEOUT_S)
+        is_host = world.is_writer and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        shared = dist.TCPStore(
+            environment["MASTER_ADDR"],
+            int(environment["MASTER_PORT"]),
+            world.size,
+            is_master=is_host,
+            timeout=timeout,
+        )
+        store = dist.PrefixStore(agree_on_prefix(shared, world), shared)
+    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
+    return Group(world)
+
+
+def agree_on_prefix(store: dist.Store, world: World) -> str:
+    """Agree on a name for this start of the group, in a store full of leftovers.
+
+    Every worker brings a word nobody used before. The writer offers the list of words it finds; a
+    worker accepts only an offer that holds its own word, under the writer's word, which names the
+    group. Leftovers of dead workers make offers that nobody living accepts, and are replaced.
+
+    Raises:
+        TimeoutError: Somebody did not come within JOIN_TIMEOUT_S.
+    """
+    word = secrets.token_hex(8)
+    store.set(f"trm_dist/word/{world.rank}", word)
+    agree = _gather_words if world.is_writer else _accept_offer
+    deadline = time.monotonic() + JOIN_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if prefix := agree(store, world, word):
+            return prefix
+        time.sleep(_POLL_S)
+    raise TimeoutError(f"the {world.size} workers did not all come within {JOIN_TIMEOUT_S:.0f} s")
+
+
+def _gather_words(store: dist.Store, world: World, word: str) -> str:
+    """Offer the words found so far; return the group's name once everyone accepted."""
+    keys = [f"trm_dist/word/{rank}" for rank in range(world.size)]
+    if not all(store.check([key]) for key in keys):
+        return ""
+    words = [store.get(key).decode() for key in keys]
+    store.set("trm_dist/offer", ",".join(words))
+    accepted = [f"trm_dist/accepted/{word}/{each}" for each in words[1:]]
+    return f"trm_dist/group/{word}" if all(store.check([key]) for key in accepted) else ""
+
+
+def _accept_offer(store: dist.Store, world: World, word: str) -> str:
+    """Accept the offer that holds this worker's word in its place."""
+    if not store.check(["trm_dist/offer"]):
+        return ""
+    words = store.get("trm_dist/offer").decode().split(",")
+    if len(words) != world.size or words[world.rank] != word:
+        return ""
+    store.set(f"trm_dist/accepted/{words[0]}/{word}", "1")
+    return f"trm_dist/group/{words[0]}"
+
+
+def launch_id(environment: Mapping[str, str]) -> str:
+    """Name this launch, the same for every restart of its workers.
+
+    An id that a person gave torchrun counts for all nodes; else the agent itself is the launch.
+    """
+    run_id = environment.get("TORCHELASTIC_RUN_ID", "")
+    if run_id and run_id != "none":
+        return run_id
+    parent = os.getppid() if run_id else os.getpid()
+    try:
+        with open(f"/proc/{parent}/stat", encoding="utf-8") as file:
+            start_time = file.read().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        start_time = "0"
+    return f"{parent}-{start_time}"

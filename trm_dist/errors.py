@@ -1,0 +1,43 @@
+"""What can go wrong, as one tree; every message says what failed, why, and what to do.
+
+TrmDistError
+|-- UserError             the user must change something; exit code 2, never retried
+|   |-- ConfigError       a flag has a value that cannot work
+|   |-- DataError         a data set is missing, broken, empty or does not fit the task
+|   `-- ResumeError       there is no state to go on from, or it does not match the flags
+|-- CorruptCheckpointError     bytes are not the checkpoint they claim to be; an older one is tried
+|-- StoreError            no commit for longer than --store-deadline; exit code 1
+`-- TrainingError         training itself failed, such as a loss that is not finite; exit code 1
+"""
+
+
+class TrmDistError(Exception):
+    """Any failure this package raises on purpose."""
+
+
+class UserError(TrmDistError, ValueError):
+    """The user must change something before a retry can help."""
+
+
+class ConfigError(UserError):
+    """A flag has a value that cannot work."""
+
+
+class DataError(UserError):
+    """A data set is missing, broken, empty or does not fit the task."""
+
+
+class ResumeError(UserError):
+    """There is no state to go on from, or it does not match the flags."""
+
+
+class CorruptCheckpointError(TrmDistError, ValueError):
+    """The bytes of a file are not the checkpoint they claim to be."""
+
+
+class StoreError(TrmDistError, OSError):
+    """The store took no commit for longer than `--store-deadline`."""
+
+
+class TrainingError(TrmDistError, RuntimeError):
+    """Training itself failed and would fail again."""

@@ -1,0 +1,16 @@
+"""One call that sets up logging, for the whole process."""
+
+import logging
+import sys
+
+
+def configure(*, rank: int, world_size: int) -> None:
+    """Send log records to stderr: the first worker from INFO on, the others from WARNING on."""
+    place = f"[rank {rank}/{world_size}] " if world_size > 1 and rank else ""
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s %(levelname)s {place}%(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )

@@ -1,0 +1,1 @@
+"""What is trained: TRM, its losses, its averaged weights, its optimizer."""

@@ -1,0 +1,150 @@
+"""The blocks of TRM's network: RMS norm without gain, gated MLPs, attention with rotary positions.
+
+Every layer is free of biases and normalises after the residual sum (post-norm).
+Shapes: B rows, S positions, D width, H heads.
+
+Source: arXiv 2510.04871 and its public code; formulas only.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+EPSILON = 1e-5
+ROTARY_BASE = 10_000.0
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Divide by the root mean square over the last axis; no learned gain."""
+    return F.rms_norm(x, x.shape[-1:], eps=EPSILON)
+
+
+def inner_width(width: int, *, expansion: float, multiple: int) -> int:
+    """Return the inner width of a gated MLP: two thirds of the expansion, rounded up."""
+    return -(-round(expansion * width * 2 / 3) // multiple) * multiple
+
+
+class Linear(nn.Module):
+    """A linear map without bias, weights from a normal of std 1/sqrt(in) cut at two deviations."""
+
+    def __init__(self, num_in: int, num_out: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(truncated_normal((num_out, num_in), num_in**-0.5, generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., num_in] to [..., num_out]."""
+        return F.linear(x, self.weight)
+
+
+class GatedMlp(nn.Module):
+    """SwiGLU over the last axis: down(silu(gate) * up)."""
+
+    def __init__(self, width: int, inner: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.gate_up = Linear(width, 2 * inner, generator)
+        self.down = Linear(inner, width, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., width] to [..., width]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Full (not causal) self-attention with rotary positions on queries and keys."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, width: int, heads: int, positions: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = Linear(width, 3 * width, generator)
+        self.out = Linear(width, width, generator)
+        cos, sin = rotary_tables(positions, width // heads)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, S, D] to [B, S, D]."""
+        split = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = split.unbind(0)  # each [B, H, S, D/H]
+        query, key = rotate(query, self.cos, self.sin), rotate(key, self.cos, self.sin)
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class MixerBlock(nn.Module):
+    """A gated MLP over the positions, then one over the width."""
+
+    def __init__(
+        self,
+        positions: int,
+        width: int,
+        *,
+        expansion: float,
+        multiple: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        inner = inner_width(positions, expansion=expansion, multiple=multiple)
+        self.over_positions = GatedMlp(positions, inner, generator)
+        inner = inner_width(width, expansion=expansion, multiple=multiple)
+        self.over_width = GatedMlp(width, inner, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, S, D] to [B, S, D]; the first norm runs over the positions."""
+        x = x.transpose(1, 2)
+        x = rms_norm(x + self.over_positions(x)).transpose(1, 2)
+        return rms_norm(x + self.over_width(x))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the positions, then a gated MLP over the width."""
+
+    def __init__(
+        self,
+        positions: int,
+        width: int,
+        *,
+        heads: int,
+        expansion: float,
+        multiple: int,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads, positions, generator)
+        inner = inner_width(width, expansion=expansion, multiple=multiple)
+        self.over_width = GatedMlp(width, inner, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, S, D] to [B, S, D]."""
+        x = rms_norm(x + self.attention(x))
+        return rms_norm(x + self.over_width(x))
+
+
+def rotary_tables(positions: int, head_width: int) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the rotary angles, each [positions, head_width], in float32."""
+    exponents = torch.arange(0, head_width, 2, dtype=torch.float64) / head_width
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * ROTARY_BASE**-exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + width/2) of the last axis by its position's angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def truncated_normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:
+    """Draw from a normal cut at two deviations and widened so that its own deviation is `std`."""
+    # The deviation of a standard normal that is cut at +-2.
+    density = math.exp(-2.0) / math.sqrt(2 * math.pi)
+    inside = math.erf(2 / math.sqrt(2))
+    scale = std / math.sqrt(1 - 4 * density / inside)
+    drawn = torch.empty(shape)
+    nn.init.trunc_normal_(drawn, std=scale, a=-2 * scale, b=2 * scale, generator=generator)
+    return drawn

@@ -1,0 +1,146 @@
+"""Events as lines: short ones for people, now and then; or every event as a JSON object."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+
+from trm_dist import events
+from trm_dist.events import Emit, Event
+
+logger = logging.getLogger(__name__)
+
+
+def console(log_format: str, *, log_every_s: float) -> Emit:
+    """Return the listener for one of the two forms."""
+    return print_json if log_format == "json" else TextLines(log_every_s)
+
+
+def print_json(event: Event) -> None:
+    """Print an event as one line of JSON on stdout; floats keep all their bits."""
+    line = json.dumps(event.fields() | {"time": time.time()})
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+class TextLines:
+    """Logs events; batches only every so often."""
+
+    def __init__(self, log_every_s: float) -> None:
+        self._log_every_s = log_every_s
+        self._last_batch_s = 0.0
+        self._total_batches = 0
+        self._rate = _Rate()
+
+    def __call__(self, event: Event) -> None:
+        """Log one event, or keep it for the next line."""
+        if isinstance(event, events.Started):
+            self._total_batches = event.total_batches
+            for name, setting in event.settings.items():
+                logger.debug("setting %s=%s", name, setting)
+        if isinstance(event, events.Batch):
+            self._rate.add(event.num_samples, event.seconds)
+            if time.monotonic() - self._last_batch_s < self._log_every_s:
+                return
+            self._last_batch_s = time.monotonic()
+            logger.info("%s", self._batch(event))
+            return
+        level = logging.WARNING if isinstance(event, _WARNINGS) else logging.INFO
+        logger.log(level, "%s", _RENDER[type(event)](event))
+
+    def _batch(self, event: events.Batch) -> str:
+        at = event.progress
+        rate = self._rate.samples_per_s()
+        left = (self._total_batches - at.batch_count) * event.num_samples / rate if rate else 0.0
+        return (
+            f"epoch {at.epoch} batch {at.batch_count}/{self._total_batches} "
+            f"loss {event.loss:.4f} token {event.token_accuracy:.3f} "
+            f"exact {event.exact_accuracy:.3f} steps {event.mean_steps:.1f} "
+            f"{rate:.0f} samples/s, {_duration(left)} left"
+        )
+
+
+class _Rate:
+    """Samples per second over the latest batches, smoothed."""
+
+    def __init__(self) -> None:
+        self._samples = self._seconds = 0.0
+
+    def add(self, num_samples: int, seconds: float) -> None:
+        self._samples = 0.95 * self._samples + num_samples
+        self._seconds = 0.95 * self._seconds + seconds
+
+    def samples_per_s(self) -> float:
+        return self._samples / self._seconds if self._seconds else 0.0
+
+
+def _started(event: events.Started) -> str:
+    at = event.progress
+    origin = f"resumed from {event.source}" if event.source else "fresh start"
+    return (
+        f"{origin}: epoch {at.epoch}, {at.batch_count} of {event.total_batches} batches done; "
+        f"{event.num_parameters:,} parameters, {event.num_samples:,} samples, "
+        f"{event.world_size} worker(s)"
+    )
+
+
+def _evaluated(event: events.Evaluated) -> str:
+    return (
+        f"evaluation after batch {event.progress.batch_count}: "
+        f"exact {event.exact_accuracy:.4f} token {event.token_accuracy:.4f} "
+        f"mean steps {event.mean_steps:.2f} on {event.num_samples} samples "
+        f"({event.seconds:.1f} s)"
+    )
+
+
+def _committed(event: events.Committed) -> str:
+    return (
+        f"checkpoint committed batch={event.progress.batch_count} names={','.join(event.names)} "
+        f"bytes={event.num_bytes} seconds={event.seconds:.3f}"
+    )
+
+
+def _commit_failed(event: events.CommitFailed) -> str:
+    return (
+        f"checkpoint not committed ({event.error}); failures={event.num_failures} "
+        f"next try in {event.retry_in_s:.0f} s; training goes on"
+    )
+
+
+def _skipped(event: events.Skipped) -> str:
+    return f"batch {event.progress.batch_count} left early: not finite; samples {event.samples}"
+
+
+def _stopped(event: events.Stopped) -> str:
+    at = event.progress
+    return (
+        f"stopped ({event.reason}) after epoch {at.epoch} batch {at.batch_idx}; "
+        "the same command goes on from there"
+    )
+
+
+def _finished(event: events.Finished) -> str:
+    return (
+        f"finished: {event.progress.batch_count} batches, {event.progress.global_step} optimizer "
+        f"steps, {_duration(event.seconds)} in this start, {event.samples_per_s:.0f} samples/s, "
+        f"peak memory {event.peak_memory_bytes / 2**20:.0f} MiB a worker, digest {event.digest}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+_WARNINGS = (events.CommitFailed, events.Skipped)
+_RENDER: dict[type[Event], Callable[..., str]] = {
+    events.Started: _started,
+    events.Evaluated: _evaluated,
+    events.Committed: _committed,
+    events.CommitFailed: _commit_failed,
+    events.Skipped: _skipped,
+    events.Stopped: _stopped,
+    events.Finished: _finished,
+}

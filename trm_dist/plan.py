@@ -1,0 +1,250 @@
+"""Everything that can be known before training: where to start, with which settings, on which data.
+
+All user errors appear here, before any process group exists. The writer makes the plan; the others
+receive its settings and make their part of it, so that all workers are of one mind.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+import torch
+
+from trm_dist.checkpoint.resume import Start, choose_start
+from trm_dist.checkpoint.runs import Run
+from trm_dist.checkpoint.state import from_bytes
+from trm_dist.checkpoint.store import Store, open_store
+from trm_dist.config import Config, Settings, check_heads, derived_sizes, resolve
+from trm_dist.data.dataset import Dataset, open_dataset
+from trm_dist.errors import ConfigError, DataError, ResumeError
+from trm_dist.model.optim import VARIANT
+from trm_dist.model.trm import Shape, Trm, num_parameters
+
+logger = logging.getLogger(__name__)
+
+_OPTIMIZER_SHARE = 2
+"""AdamW keeps two numbers for each weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run is going to do."""
+
+    settings: Settings
+    start: Start
+    dataset: Dataset
+    eval_dataset: Dataset | None
+    shape: Shape
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        return self.settings.config
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches of an epoch; the last one may be smaller."""
+        return -(-self.dataset.num_samples // self.config.data.batch_size)
+
+    @property
+    def total_batches(self) -> int:
+        """Batches of the whole run."""
+        return self.batches_per_epoch * self.config.train.epochs
+
+    def without_state(self) -> Self:
+        """Return the plan without the checkpoint's bytes and tensors, once they are taken over."""
+        return replace(self, start=replace(self.start, data=b"", state=None))
+
+
+def make_plan(config: Config, given: Iterable[str], launch_id: str) -> Plan:
+    """Make the writer's plan; nothing is written.
+
+    Args:
+        config: What the command line said, defaults included.
+        given: Names of the settings that were really given.
+        launch_id: Names this launch over the restarts of its workers.
+
+    Raises:
+        UserError: Something must be changed first; one message says what.
+    """
+    store = open_store(config.checkpoint.checkpoint_dir)
+    start = _choose_start(store, config, launch_id)
+    settings = resolve(config, given, start.state["config"] if start.state else None)
+    plan = _with_data(settings, start)
+    if start.state is not None:
+        _check_dataset(plan, start.state["dataset"])
+        _tell_differences(start.state["run"]["environment"], environment(plan.config))
+    return plan
+
+
+def to_message(plan: Plan) -> bytes:
+    """Return what the other workers need of the writer's plan, besides the checkpoint itself."""
+    message = {
+        "values": plan.config.flat(),
+        "origins": dict(plan.settings.origins),
+        "run": asdict(plan.start.run),
+        "source": plan.start.source,
+        "sha256": [each.sha256 for each in _datasets(plan)],
+    }
+    return json.dumps(message).encode()
+
+
+def from_message(message: bytes, data: bytes) -> Plan:
+    """Make the plan that the writer sent.
+
+    Args:
+        message: From `to_message`.
+        data: The checkpoint to go on from; empty on a fresh start.
+
+    Raises:
+        DataError: This node's data are not the writer's.
+    """
+    sent: dict[str, Any] = json.loads(message)
+    settings = Settings(Config().with_values(sent["values"]), sent["origins"])
+    state = from_bytes(data) if data else None
+    plan = _with_data(settings, Start(Run(**sent["run"]), sent["source"], data, state))
+    for each, expected in zip(_datasets(plan), sent["sha256"], strict=True):
+        if each.sha256 != expected:
+            raise DataError(
+                f"{each.url} on this node is not the file that the first worker reads (sha256 "
+                f"{each.sha256[:12]} instead of {expected[:12]}). Put the same file on every node."
+            )
+    return plan
+
+
+def environment(config: Config) -> dict[str, str]:
+    """Return what the last bits of a result may depend on besides code, data and settings."""
+    return {
+        "torch": torch.__version__,
+        "device": "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(config.train.threads),
+        "optimizer": VARIANT,
+    }
+
+
+def estimate(plan: Plan) -> dict[str, int]:
+    """Return parameters, bytes of a checkpoint, and bytes of all that will be kept."""
+    with torch.device("meta"):
+        module = Trm(plan.shape, seed=0)
+    count = num_parameters(module)
+    checkpoint = (2 + _OPTIMIZER_SHARE) * count * 4
+    own_names = plan.total_batches // plan.config.checkpoint.checkpoint_interval
+    if plan.config.checkpoint.keep_last:
+        own_names = min(own_names, plan.config.checkpoint.keep_last + 1)
+    return {
+        "parameters": count,
+        "checkpoint_bytes": checkpoint,
+        "kept_bytes": (own_names + 2) * checkpoint,
+    }
+
+
+def check_space(plan: Plan, store: Store) -> None:
+    """Warn when what will be kept does not fit into the free space."""
+    needed, free = estimate(plan)["kept_bytes"], store.free_bytes()
+    if free is not None and needed > free:
+        logger.warning(
+            "the checkpoints of this run will take about %.1f GiB and %s has %.1f GiB free; keep "
+            "fewer with --keep-last N or a larger --checkpoint-interval",
+            needed / 2**30,
+            store.url,
+            free / 2**30,
+        )
+
+
+def check_writable(store: Store) -> None:
+    """Check that checkpoints could be written, leaving nothing behind.
+
+    Raises:
+        ConfigError: They could not.
+    """
+    try:
+        store.check_writable()
+    except OSError as error:
+        raise ConfigError(
+            f"--checkpoint-dir {store.url} cannot be written: {error}. Mend that or choose another."
+        ) from error
+
+
+def _choose_start(store: Store, config: Config, launch_id: str) -> Start:
+    try:
+        return choose_start(store, config.checkpoint, launch_id)
+    except OSError as error:
+        raise ResumeError(
+            f"--checkpoint-dir {store.url} cannot be read: {error}. Mend that or choose another."
+        ) from error
+
+
+def _with_data(settings: Settings, start: Start) -> Plan:
+    data = settings.config.data
+    if not data.dataset:
+        raise ConfigError(
+            "--dataset is missing. Give a JSON or JSONL file of records, or sudoku4:train."
+        )
+    seq_len = settings.config.model.seq_len
+    dataset = open_dataset(data.dataset, seq_len=seq_len, overlong=data.overlong)
+    settings = settings.with_derived(**derived_sizes(settings.config, seq_len=dataset.seq_len))
+    config = settings.config
+    check_heads(config.model)
+    if dataset.num_samples < data.batch_size:
+        raise DataError(
+            f"--batch-size {data.batch_size} is larger than the data: {data.dataset} has "
+            f"{dataset.num_samples} sample(s). Use a smaller batch."
+        )
+    eval_dataset = None
+    if data.eval_dataset:
+        eval_dataset = open_dataset(
+            data.eval_dataset, seq_len=dataset.seq_len, overlong=data.overlong
+        )
+        if eval_dataset.codec != dataset.codec:
+            raise DataError(
+                f"--eval-dataset {data.eval_dataset} ({eval_dataset.codec}) is not of the kind of "
+                f"--dataset {data.dataset} ({dataset.codec})."
+            )
+    return Plan(settings, start, dataset, eval_dataset, _shape(config, dataset.num_tokens))
+
+
+def _shape(config: Config, num_tokens: int) -> Shape:
+    model = asdict(config.model)
+    return Shape(num_tokens=num_tokens, **model)
+
+
+def _check_dataset(plan: Plan, stored: Mapping[str, Any]) -> None:
+    ours = plan.dataset.identity()
+    if ours["num_tokens"] != stored["num_tokens"]:
+        raise ResumeError(
+            f"--dataset {ours['url']} has {ours['num_tokens']} tokens, and the model of the "
+            f"checkpoint {stored['num_tokens']} ({stored['url']}). Give data of the same kind, or "
+            "choose another --checkpoint-dir."
+        )
+    if ours["sha256"] == stored["sha256"]:
+        return
+    difference = (
+        f"the data are not those of the checkpoint: {stored['url']} had {stored['num_samples']} "
+        f"samples (sha256 {stored['sha256'][:12]}), {ours['url']} has {ours['num_samples']} "
+        f"(sha256 {ours['sha256'][:12]})"
+    )
+    if not plan.config.checkpoint.allow_dataset_change:
+        raise ResumeError(
+            f"{difference[0].upper()}{difference[1:]}. Give the data it was trained on, or "
+            "--allow-dataset-change to go on with these."
+        )
+    logger.warning("%s; going on with --allow-dataset-change", difference)
+
+
+def _tell_differences(stored: Mapping[str, str], ours: Mapping[str, str]) -> None:
+    for name, value in ours.items():
+        if stored.get(name) != value:
+            logger.warning(
+                "%s is %s here and was %s when the checkpoint was written; the last bits of the "
+                "results may differ from an undisturbed run",
+                name,
+                value,
+                stored.get(name),
+            )
+
+
+def _datasets(plan: Plan) -> list[Dataset]:
+    return [each for each in (plan.dataset, plan.eval_dataset) if each is not None]

@@ -1,0 +1,404 @@
+"""The trainer: builds the parts from a plan and runs the loop; where the rooms meet.
+
+One batch: `order` says which samples -> `dataset` gives rows -> the task makes supervision steps ->
+DDP with `reduction` adds up the shards' gradients -> `optim` -> `ema` -> `Progress`.
+One save: live state -> `snapshot` (a copy at the batch boundary) -> `publish` -> `retention`.
+"""
+
+import logging
+import math
+import resource
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from trm_dist import __version__, events, randomness
+from trm_dist.checkpoint.manager import CheckpointManager
+from trm_dist.checkpoint.names import FINAL
+from trm_dist.checkpoint.publish import position, read_summary
+from trm_dist.checkpoint.runs import write_run
+from trm_dist.checkpoint.state import FORMAT_VERSION, digest, sealed
+from trm_dist.checkpoint.store import Store, open_store, split_url
+from trm_dist.data.dataset import Dataset
+from trm_dist.data.order import samples_at
+from trm_dist.elastic.reduction import ShardReduction
+from trm_dist.elastic.world import Group
+from trm_dist.errors import ResumeError, TrainingError
+from trm_dist.events import Emit
+from trm_dist.model.ema import Ema
+from trm_dist.model.optim import Optimizer
+from trm_dist.model.supervision import SCORES, Rows, Supervision
+from trm_dist.model.trm import Trm, num_parameters
+from trm_dist.plan import Plan, environment
+from trm_dist.progress import COUNTERS, Progress
+
+logger = logging.getLogger(__name__)
+
+CLAIM_WAIT_S = 20.0
+"""How long the writer of a dying group may keep the store."""
+
+_COLUMN = {name: column for column, name in enumerate(SCORES)}
+
+
+def pin_numerics(threads: int) -> None:
+    """Fix what the bits of a result depend on: threads and kernels. Before any tensor is made."""
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+
+
+def open_manager(plan: Plan, emit: Emit) -> CheckpointManager:
+    """Become the writer of the store; the writer's first act that writes.
+
+    Raises:
+        ResumeError: Another process is writing there, or nobody can.
+    """
+    store = open_store(plan.config.checkpoint.checkpoint_dir)
+    try:
+        claimed = store.claim(CLAIM_WAIT_S)
+        if claimed:
+            write_run(store, plan.start.run)
+    except OSError as error:
+        raise ResumeError(
+            f"--checkpoint-dir {store.url} cannot be written: {error}. Mend that or choose another."
+        ) from error
+    if not claimed:
+        raise ResumeError(
+            f"--checkpoint-dir {store.url}: another run is writing there. Stop it, or choose "
+            "another directory."
+        )
+    return CheckpointManager(store, plan.start.run, plan.config.checkpoint, emit)
+
+
+class Trainer:
+    """One start of a run, in one worker."""
+
+    def __init__(
+        self, plan: Plan, group: Group, manager: CheckpointManager | None, emit: Emit
+    ) -> None:
+        """Build the parts and take the state of the checkpoint, if there is one.
+
+        Args:
+            plan: The same on all workers.
+            group: The formed process group.
+            manager: In the writer only.
+            emit: Hears the events.
+        """
+        config = plan.config
+        self._plan, self._config = plan.without_state(), config
+        self._group, self._manager, self._emit = group, manager, emit
+        module = Trm(plan.shape, seed=config.data.seed)
+        self._task = Supervision(
+            module,
+            n_sup=config.train.n_sup,
+            halt_explore=config.train.halt_explore,
+            loss=config.train.loss,
+            seed=config.data.seed,
+        )
+        self._optimizer = Optimizer(
+            module,
+            lr=config.train.lr,
+            warmup_steps=config.train.warmup_steps,
+            weight_decay=config.train.weight_decay,
+            clip=config.train.clip,
+        )
+        self._ema = Ema(module, config.train.ema)
+        self._progress = Progress()
+        if plan.start.state is not None:
+            self._restore(plan.start.state)
+        self._reduction = ShardReduction(
+            module.parameters(),
+            num_shards=config.data.shards,
+            rank=group.world.rank,
+            world_size=group.world.size,
+        )
+        with warnings.catch_warnings():
+            # Renamed forward_sync_buffers in torch 2.13; the old name works in all versions.
+            warnings.simplefilter("ignore", FutureWarning)
+            self._ddp = DistributedDataParallel(
+                module, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        self._ddp.register_comm_hook(None, self._reduction.hook)
+
+    def run(self) -> None:
+        """Train to the end, evaluate, and leave the final checkpoint."""
+        started_s, first = time.monotonic(), self._progress
+        self._tell_start()
+        self._capture()
+        self._evaluated_at = -1
+        while not self._is_finished():
+            self._train_batch()
+            self._capture()
+            if self._manager:
+                self._manager.save_if_due()
+            interval = self._config.train.eval_interval
+            if interval and self._progress.batch_count % interval == 0:
+                self._evaluate()
+        self._finish(first, time.monotonic() - started_s)
+
+    def _is_finished(self) -> bool:
+        return self._progress.is_finished(
+            epochs=self._config.train.epochs, batches_per_epoch=self._plan.batches_per_epoch
+        )
+
+    # -- one batch ---------------------------------------------------------------------------------
+
+    def _train_batch(self) -> None:
+        started_s = time.monotonic()
+        at = self._progress.at_next_batch(self._plan.batches_per_epoch)
+        batch = self._batch(at)
+        carries = [self._task.start(self._rows(batch, shard)) for shard in self._local_shards()]
+        table = torch.zeros(self._config.data.shards, len(SCORES), dtype=torch.float64)
+        steps = 0
+        for _ in range(self._task.max_steps):
+            scores = self._supervise(carries)
+            if not self._is_finite(scores):
+                if self._config.train.on_nan == "stop":
+                    raise TrainingError(_not_finite(at, batch.samples))
+                self._optimizer.drop_gradients()
+                self._emit(events.Skipped(progress=at, samples=batch.samples.tolist()))
+                break
+            self._optimizer.step(at.global_step + steps)
+            self._ema.update()
+            table += scores
+            steps += 1
+            if not scores[:, _COLUMN["active"]].any():
+                break
+        rate = self._optimizer.rate(at.global_step + max(0, steps - 1))
+        self._progress = at.advance(samples=len(batch.samples), optimizer_steps=steps)
+        self._tell_batch(table, len(batch.samples), rate, time.monotonic() - started_s)
+
+    def _supervise(self, carries: list[Any]) -> Tensor:
+        """Make one supervision step of all shards, up to the reduced and clipped gradient.
+
+        Args:
+            carries: One for each local shard; each is replaced by the next.
+
+        Returns:
+            The scores of every shard, [shards, SCORES], the same on all workers.
+        """
+        table = torch.zeros(self._config.data.shards, len(SCORES), dtype=torch.float64)
+        last = len(carries) - 1
+        for number, shard in enumerate(self._local_shards()):
+            with nullcontext() if number == last else self._ddp.no_sync():
+                objective, scores, carries[number] = self._task.step(self._ddp, carries[number])
+                objective.backward()  # type: ignore[no-untyped-call]
+            if number != last:
+                self._reduction.take(shard)
+            if shard in self._reduction.shards:
+                table[shard] = scores
+        self._reduction.finish()
+        return self._group.sum_(table)
+
+    def _is_finite(self, scores: Tensor) -> bool:
+        """Clip; tell whether loss and gradient are finite, which all workers see alike."""
+        norm = self._optimizer.clip()
+        return bool(scores[:, _COLUMN["objective"]].isfinite().all() and norm.isfinite())
+
+    def _local_shards(self) -> range:
+        """The shards this worker runs; one beyond the shards runs the first, to no effect."""
+        return self._reduction.shards or range(1)
+
+    def _batch(self, at: Progress) -> "_Batch":
+        size, num_samples = self._config.data.batch_size, self._plan.dataset.num_samples
+        start = at.batch_idx * size
+        positions = np.arange(start, min(start + size, num_samples))
+        samples = samples_at(
+            positions, num_samples=num_samples, seed=self._config.data.seed, epoch=at.epoch
+        )
+        return _Batch(samples, at.epoch)
+
+    def _rows(self, batch: "_Batch", shard: int) -> Rows:
+        """Return a shard of a batch; always of one size, rows past the end weigh nothing."""
+        num_rows = self._config.data.batch_size // self._config.data.shards
+        places = np.arange(shard * num_rows, (shard + 1) * num_rows)
+        is_real = places < len(batch.samples)
+        samples = batch.samples[np.where(is_real, places, 0)]
+        inputs, labels = self._plan.dataset.rows(samples)
+        weights = torch.from_numpy(is_real).float() / len(batch.samples)
+        return Rows(
+            samples, torch.from_numpy(inputs), torch.from_numpy(labels), weights, batch.epoch
+        )
+
+    # -- evaluation --------------------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """Evaluate the averaged weights; chunks of one size go round the workers."""
+        dataset = self._plan.eval_dataset
+        if dataset is None or self._evaluated_at == self._progress.batch_count:
+            return
+        started_s = time.monotonic()
+        totals = torch.zeros(5, dtype=torch.int64)
+        world = self._group.world
+        num_rows = self._config.data.batch_size // self._config.data.shards
+        with self._ema.averaged():
+            for start in range(world.rank * num_rows, dataset.num_samples, world.size * num_rows):
+                totals += self._evaluate_chunk(dataset, start, num_rows)
+        correct, cells, exact, rows, steps = self._group.sum_(totals).tolist()
+        self._evaluated_at = self._progress.batch_count
+        self._emit(
+            events.Evaluated(
+                progress=self._progress,
+                token_accuracy=correct / cells,
+                exact_accuracy=exact / rows,
+                mean_steps=steps / rows,
+                num_samples=rows,
+                seconds=time.monotonic() - started_s,
+            )
+        )
+
+    def _evaluate_chunk(self, dataset: Dataset, start: int, num_rows: int) -> Tensor:
+        places = np.arange(start, start + num_rows)
+        inputs, labels = dataset.rows(np.minimum(places, dataset.num_samples - 1))
+        num_real = min(num_rows, dataset.num_samples - start)
+        return self._task.evaluate(torch.from_numpy(inputs), torch.from_numpy(labels), num_real)
+
+    # -- state -------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        """Return the live state under a checkpoint's keys."""
+        config, world, step = self._config, self._group.world, self._progress.global_step
+        return self._progress.as_dict() | {
+            "model_state_dict": self._task.module.state_dict(),
+            "optimizer_state_dict": self._optimizer.state_dict(),
+            "scheduler_state_dict": self._optimizer.scheduler_state_dict(step),
+            "ema_state_dict": self._ema.state_dict(),
+            "rng_state": {
+                "seed": config.data.seed,
+                "algorithm": randomness.ALGORITHM,
+                "version": randomness.VERSION,
+            },
+            "config": config.flat(),
+            "dataset": self._plan.dataset.identity(),
+            "world": {
+                "world_size": world.size,
+                "num_nodes": world.num_nodes,
+                "shards": config.data.shards,
+            },
+            "run": self._plan.start.run.summary() | {
+                "generation": 1,
+                "torch": torch.__version__,
+                "trm_dist": __version__,
+                "environment": environment(config),
+            },
+            "format_version": FORMAT_VERSION,
+        }  # fmt: skip
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._task.module.load_state_dict(state["model_state_dict"])
+        self._optimizer.load_state_dict(state["optimizer_state_dict"])
+        self._ema.load_state_dict(state["ema_state_dict"])
+        self._progress = Progress(**{name: state[name] for name in COUNTERS})
+
+    def _capture(self) -> None:
+        if self._manager:
+            self._manager.capture(self._state())
+
+    def _finish(self, first: Progress, seconds: float) -> None:
+        store = open_store(self._config.checkpoint.checkpoint_dir)
+        if self._has_final(store):
+            logger.info("already at its total of %d epochs", self._config.train.epochs)
+        else:
+            self._evaluate()
+            if self._manager:
+                self._manager.save_final()
+        if self._manager and self._config.checkpoint.save:
+            self._export(self._config.checkpoint.save)
+        num_samples = self._progress.samples_seen - first.samples_seen
+        self._emit(
+            events.Finished(
+                progress=self._progress,
+                digest=digest(self._state()),
+                seconds=seconds,
+                samples_per_s=num_samples / seconds if seconds else 0.0,
+                peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            )
+        )
+        self._group.barrier()
+
+    def _has_final(self, store: Store) -> bool:
+        """Tell whether the final checkpoint lies there; the writer's answer counts for all."""
+        answer = b""
+        if self._manager:
+            summary = read_summary(store, FINAL)
+            run = self._plan.start.run
+            ours = run.branch, self._progress.batch_count
+            if summary and summary["run_id"] == run.run_id and position(summary) == ours:
+                answer = b"1"
+        return bool(self._group.broadcast(answer))
+
+    def _export(self, url: str) -> None:
+        """Write the final model: averaged weights, and what it takes to build the model again."""
+        with self._ema.averaged():
+            content = self._progress.as_dict() | {
+                "model_state_dict": self._task.module.state_dict(),
+                "config": self._config.flat(),
+                "dataset": self._plan.dataset.identity(),
+                "format_version": FORMAT_VERSION,
+            }
+            directory, name = split_url(url)
+            open_store(directory).put(name, sealed(content, self._plan.start.run.summary()))
+        logger.info("final model written to %s", url)
+
+    # -- telling -----------------------------------------------------------------------------------
+
+    def _tell_start(self) -> None:
+        plan, world = self._plan, self._group.world
+        self._emit(
+            events.Started(
+                progress=self._progress,
+                source=plan.start.source,
+                world_size=world.size,
+                settings=plan.settings.described(),
+                num_parameters=num_parameters(self._task.module),
+                num_samples=plan.dataset.num_samples,
+                batches_per_epoch=plan.batches_per_epoch,
+                total_batches=plan.total_batches,
+            )
+        )
+        if world.size > self._config.data.shards and world.is_writer:
+            logger.warning(
+                "%d workers for %d shards: %d of them only keep pace; use a larger --shards",
+                world.size,
+                self._config.data.shards,
+                world.size - self._config.data.shards,
+            )
+
+    def _tell_batch(self, table: Tensor, num_samples: int, rate: float, seconds: float) -> None:
+        sums = dict(zip(SCORES, map(math.fsum, table.T.tolist()), strict=True))
+        rows, cells = max(1.0, sums["rows"]), max(1.0, sums["cells"])
+        self._emit(
+            events.Batch(
+                progress=self._progress,
+                loss=sums["loss"] / rows,
+                token_accuracy=sums["correct"] / cells,
+                exact_accuracy=sums["exact"] / rows,
+                mean_steps=sums["steps"] / rows,
+                lr=rate,
+                num_samples=num_samples,
+                seconds=seconds,
+            )
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The samples of a global batch, in order."""
+
+    samples: npt.NDArray[np.int64]
+    epoch: int
+
+
+def _not_finite(at: Progress, samples: npt.NDArray[np.int64]) -> str:
+    return (
+        f"The loss or gradient of epoch {at.epoch}, batch {at.batch_idx} is not finite. Its "
+        f"samples: {samples.tolist()}. The last checkpoint stands. Look at these, lower "
+        "--lr, or leave such batches early with --on-nan skip."
+    )
