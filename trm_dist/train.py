@@ -42,7 +42,7 @@ from trm_dist.progress import COUNTERS, Progress
 
 logger = logging.getLogger(__name__)
 
-CLAIM_WAIT_S = 20.0
+CLAIM_WAIT_S = 10.0
 """How long the writer of a dying group may keep the store."""
 
 _COLUMN = {name: column for column, name in enumerate(SCORES)}

@@ -1,0 +1,122 @@
+"""Kill anything, at any time: the run goes on and ends with the same bits."""
+
+import random
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.elastic.harness import (
+    DEADLINE_S,
+    Training,
+    Undisturbed,
+    children,
+    kill,
+    kill_all,
+    training,
+    wait_until_gone,
+)
+
+
+def assert_same_bits(runs: list[Training], undisturbed: Undisturbed) -> None:
+    seen: dict[int, set[str]] = {}
+    for run in runs:
+        for batch, losses in run.losses().items():
+            seen.setdefault(batch, set()).update(losses)
+    assert seen == undisturbed.losses
+    assert runs[-1].digest() == undisturbed.digest
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+def test_digest_is_the_same_at_every_world_size(
+    directory: Path, undisturbed: Undisturbed, workers: int
+) -> None:
+    with training(directory, workers=workers) as run:
+        assert run.end() == 0, run.messages()
+        assert_same_bits([run], undisturbed)
+
+
+@pytest.mark.timeout(600)
+def test_twenty_kills_of_workers_in_one_run_change_nothing(
+    directory: Path, undisturbed: Undisturbed
+) -> None:
+    chance = random.Random(20)
+    with training(directory, workers=2, max_restarts=30, flags={"--latest-every-s": "0"}) as run:
+        for number in range(20):
+            run.wait_for_start(number + 1)
+            run.wait_for_batches(chance.randint(1, 5))
+            kill(run.worker(chance.randint(0, 1)))
+        assert run.end() == 0, run.messages()
+        assert_same_bits([run], undisturbed)
+    assert len(run.events("started")) == 21
+
+
+def test_worker_killed_while_the_group_forms_is_replaced(
+    directory: Path, undisturbed: Undisturbed
+) -> None:
+    with training(directory, workers=2, max_restarts=30) as run:
+        for rank in (1, 0, 1):
+            first = run.worker(rank)
+            kill(first)
+            run.wait_for(lambda first=first: first not in children(run.process.pid), "its end")
+        assert run.end() == 0, run.messages()
+        assert_same_bits([run], undisturbed)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_everything_killed_again_and_again_changes_nothing(
+    directory: Path, undisturbed: Undisturbed, workers: int
+) -> None:
+    chance, runs = random.Random(workers), []
+    for _ in range(4):
+        with training(directory, workers=workers) as run:
+            run.wait_for_batches(chance.randint(6, 15))
+            kill_all(run)
+            runs.append(run)
+    with training(directory, workers=workers) as run:
+        assert run.end() == 0, run.messages()
+        assert_same_bits([*runs, run], undisturbed)
+
+
+def test_torchrun_killed_takes_its_workers_along(directory: Path, undisturbed: Undisturbed) -> None:
+    with training(directory, workers=2) as first:
+        first.wait_for_batches(12)
+        workers = children(first.process.pid)
+        kill(first.process.pid)
+        first.process.wait(DEADLINE_S)
+        wait_until_gone(workers)
+    with training(directory, workers=2) as second:
+        assert second.end() == 0, second.messages()
+        assert_same_bits([first, second], undisturbed)
+
+
+def test_kills_in_the_middle_of_a_save_change_nothing(
+    directory: Path, undisturbed: Undisturbed
+) -> None:
+    flags = {"--checkpoint-interval": "1"}
+    hidden, hits = directory / ".trm_dist", 0
+    with training(directory, workers=2, max_restarts=30, flags=flags) as run:
+        for number in range(5):
+            run.wait_for_start(number + 1)
+            run.wait_for_batches(3 + number)
+            writer = run.worker(0)
+            while not any(each.name.startswith("tmp-") for each in hidden.iterdir()):
+                assert run.process.poll() is None
+            kill(writer)
+            hits += 1
+        assert run.end() == 0, run.messages()
+        assert_same_bits([run], undisturbed)
+    assert hits == 5
+
+
+def test_world_size_may_change_at_every_restart(directory: Path, undisturbed: Undisturbed) -> None:
+    runs = []
+    for workers in (3, 1, 2):
+        with training(directory, workers=workers) as run:
+            run.wait_for_batches(15)
+            run.process.send_signal(signal.SIGTERM)
+            assert run.end() != 0
+            runs.append(run)
+    with training(directory) as run:
+        assert run.end() == 0, run.messages()
+        assert_same_bits([*runs, run], undisturbed)
