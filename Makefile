@@ -15,10 +15,10 @@ $(READY): pyproject.toml constraints.txt
 # The main job: TRM on 4x4 Sudoku with two workers. Ctrl+C, then `make train` again, goes on.
 train: $(READY)
 	$(BIN)/torchrun --standalone --nproc_per_node=2 --max-restarts=20 -m trm_dist train \
-	    --dataset 'sudoku4:train?count=50000' --eval-dataset 'sudoku4:test?count=1000' \
+	    --dataset 'sudoku4:train?count=40000' --eval-dataset 'sudoku4:test?count=1000' \
 	    --checkpoint-dir checkpoints --checkpoint-interval 50 --eval-interval 50 \
-	    --dim 64 --expansion 2 --h-cycles 2 --l-cycles 2 --n-sup 4 \
-	    --batch-size 128 --shards 2 --epochs 1 --lr 3e-3 --warmup-steps 50
+	    --dim 64 --expansion 2 --h-cycles 2 --l-cycles 2 --n-sup 3 \
+	    --batch-size 128 --shards 2 --epochs 1 --lr 5e-3 --warmup-steps 50
 
 test: $(READY)
 	$(BIN)/python -m pytest -m 'not soak'

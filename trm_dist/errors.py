@@ -10,6 +10,10 @@ TrmDistError
 `-- TrainingError         training itself failed, such as a loss that is not finite; exit code 1
 """
 
+EXIT_GAVE_UP = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
 
 class TrmDistError(Exception):
     """Any failure this package raises on purpose."""

@@ -33,6 +33,8 @@ class Started(Event):
     """Every setting, as "value (origin)"."""
     num_parameters: int
     num_samples: int
+    notes: dict[str, int]
+    """What was done to the data: records truncated, dropped, skipped."""
     batches_per_epoch: int
     total_batches: int
 

@@ -1,4 +1,4 @@
-"""One call that sets up logging, for the whole process."""
+"""Everything that leaves the process in words: log records, messages, results."""
 
 import logging
 import sys
@@ -14,3 +14,16 @@ def configure(*, rank: int, world_size: int) -> None:
         stream=sys.stderr,
         force=True,
     )
+
+
+def tell(message: str) -> None:
+    """Tell a person what is wrong, on stderr; an empty message was told already."""
+    if message:
+        sys.stderr.write(f"trm_dist: {message}\n")
+        sys.stderr.flush()
+
+
+def say(text: str) -> None:
+    """Print a result on stdout."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -203,10 +203,11 @@ def _with_data(settings: Settings, start: Start) -> Plan:
                 f"--eval-dataset {data.eval_dataset} ({eval_dataset.codec}) is not of the kind of "
                 f"--dataset {data.dataset} ({dataset.codec})."
             )
-    return Plan(settings, start, dataset, eval_dataset, _shape(config, dataset.num_tokens))
+    return Plan(settings, start, dataset, eval_dataset, shape_of(config, dataset.num_tokens))
 
 
-def _shape(config: Config, num_tokens: int) -> Shape:
+def shape_of(config: Config, num_tokens: int) -> Shape:
+    """Return the sizes of the model that a resolved configuration describes."""
     model = asdict(config.model)
     return Shape(num_tokens=num_tokens, **model)
 

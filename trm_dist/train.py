@@ -11,7 +11,7 @@ import resource
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,15 @@ from trm_dist.checkpoint.publish import position, read_summary
 from trm_dist.checkpoint.runs import write_run
 from trm_dist.checkpoint.state import FORMAT_VERSION, digest, sealed
 from trm_dist.checkpoint.store import Store, open_store, split_url
-from trm_dist.data.dataset import Dataset
-from trm_dist.data.order import samples_at
 from trm_dist.elastic.reduction import ShardReduction
 from trm_dist.elastic.world import Group
 from trm_dist.errors import ResumeError, TrainingError
+from trm_dist.evaluate import evaluate
 from trm_dist.events import Emit
+from trm_dist.feed import Feed
 from trm_dist.model.ema import Ema
 from trm_dist.model.optim import Optimizer
-from trm_dist.model.supervision import SCORES, Rows, Supervision
+from trm_dist.model.supervision import SCORES, Supervision
 from trm_dist.model.trm import Trm, num_parameters
 from trm_dist.plan import Plan, environment
 from trm_dist.progress import COUNTERS, Progress
@@ -109,8 +109,10 @@ class Trainer:
             weight_decay=config.train.weight_decay,
             clip=config.train.clip,
         )
+        self._feed = Feed(plan.dataset, config.data)
         self._ema = Ema(module, config.train.ema)
         self._progress = Progress()
+        self._evaluated_at = -1
         if plan.start.state is not None:
             self._restore(plan.start.state)
         self._reduction = ShardReduction(
@@ -132,10 +134,10 @@ class Trainer:
         started_s, first = time.monotonic(), self._progress
         self._tell_start()
         self._capture()
-        self._evaluated_at = -1
         while not self._is_finished():
-            self._train_batch()
+            batch = self._train_batch()
             self._capture()
+            self._emit(batch)  # a batch that was told of is in the snapshot
             if self._manager:
                 self._manager.save_if_due()
             interval = self._config.train.eval_interval
@@ -150,11 +152,13 @@ class Trainer:
 
     # -- one batch ---------------------------------------------------------------------------------
 
-    def _train_batch(self) -> None:
+    def _train_batch(self) -> events.Batch:
         started_s = time.monotonic()
         at = self._progress.at_next_batch(self._plan.batches_per_epoch)
-        batch = self._batch(at)
-        carries = [self._task.start(self._rows(batch, shard)) for shard in self._local_shards()]
+        batch = self._feed.batch(at)
+        carries = [
+            self._task.start(self._feed.rows(batch, shard)) for shard in self._local_shards()
+        ]
         table = torch.zeros(self._config.data.shards, len(SCORES), dtype=torch.float64)
         steps = 0
         for _ in range(self._task.max_steps):
@@ -173,7 +177,7 @@ class Trainer:
                 break
         rate = self._optimizer.rate(at.global_step + max(0, steps - 1))
         self._progress = at.advance(samples=len(batch.samples), optimizer_steps=steps)
-        self._tell_batch(table, len(batch.samples), rate, time.monotonic() - started_s)
+        return self._describe(table, len(batch.samples), rate, time.monotonic() - started_s)
 
     def _supervise(self, carries: list[Any]) -> Tensor:
         """Make one supervision step of all shards, up to the reduced and clipped gradient.
@@ -206,59 +210,19 @@ class Trainer:
         """The shards this worker runs; one beyond the shards runs the first, to no effect."""
         return self._reduction.shards or range(1)
 
-    def _batch(self, at: Progress) -> "_Batch":
-        size, num_samples = self._config.data.batch_size, self._plan.dataset.num_samples
-        start = at.batch_idx * size
-        positions = np.arange(start, min(start + size, num_samples))
-        samples = samples_at(
-            positions, num_samples=num_samples, seed=self._config.data.seed, epoch=at.epoch
-        )
-        return _Batch(samples, at.epoch)
-
-    def _rows(self, batch: "_Batch", shard: int) -> Rows:
-        """Return a shard of a batch; always of one size, rows past the end weigh nothing."""
-        num_rows = self._config.data.batch_size // self._config.data.shards
-        places = np.arange(shard * num_rows, (shard + 1) * num_rows)
-        is_real = places < len(batch.samples)
-        samples = batch.samples[np.where(is_real, places, 0)]
-        inputs, labels = self._plan.dataset.rows(samples)
-        weights = torch.from_numpy(is_real).float() / len(batch.samples)
-        return Rows(
-            samples, torch.from_numpy(inputs), torch.from_numpy(labels), weights, batch.epoch
-        )
-
     # -- evaluation --------------------------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        """Evaluate the averaged weights; chunks of one size go round the workers."""
+        """Evaluate the averaged weights, once at each boundary."""
         dataset = self._plan.eval_dataset
         if dataset is None or self._evaluated_at == self._progress.batch_count:
             return
         started_s = time.monotonic()
-        totals = torch.zeros(5, dtype=torch.int64)
-        world = self._group.world
-        num_rows = self._config.data.batch_size // self._config.data.shards
         with self._ema.averaged():
-            for start in range(world.rank * num_rows, dataset.num_samples, world.size * num_rows):
-                totals += self._evaluate_chunk(dataset, start, num_rows)
-        correct, cells, exact, rows, steps = self._group.sum_(totals).tolist()
+            found = evaluate(self._task, dataset, self._group, num_rows=self._feed.rows_per_shard)
         self._evaluated_at = self._progress.batch_count
-        self._emit(
-            events.Evaluated(
-                progress=self._progress,
-                token_accuracy=correct / cells,
-                exact_accuracy=exact / rows,
-                mean_steps=steps / rows,
-                num_samples=rows,
-                seconds=time.monotonic() - started_s,
-            )
-        )
-
-    def _evaluate_chunk(self, dataset: Dataset, start: int, num_rows: int) -> Tensor:
-        places = np.arange(start, start + num_rows)
-        inputs, labels = dataset.rows(np.minimum(places, dataset.num_samples - 1))
-        num_real = min(num_rows, dataset.num_samples - start)
-        return self._task.evaluate(torch.from_numpy(inputs), torch.from_numpy(labels), num_real)
+        seconds = time.monotonic() - started_s
+        self._emit(events.Evaluated(progress=self._progress, seconds=seconds, **asdict(found)))
 
     # -- state -------------------------------------------------------------------------------------
 
@@ -359,6 +323,7 @@ class Trainer:
                 settings=plan.settings.described(),
                 num_parameters=num_parameters(self._task.module),
                 num_samples=plan.dataset.num_samples,
+                notes=dict(plan.dataset.notes),
                 batches_per_epoch=plan.batches_per_epoch,
                 total_batches=plan.total_batches,
             )
@@ -371,29 +336,21 @@ class Trainer:
                 world.size - self._config.data.shards,
             )
 
-    def _tell_batch(self, table: Tensor, num_samples: int, rate: float, seconds: float) -> None:
+    def _describe(
+        self, table: Tensor, num_samples: int, rate: float, seconds: float
+    ) -> events.Batch:
         sums = dict(zip(SCORES, map(math.fsum, table.T.tolist()), strict=True))
         rows, cells = max(1.0, sums["rows"]), max(1.0, sums["cells"])
-        self._emit(
-            events.Batch(
-                progress=self._progress,
-                loss=sums["loss"] / rows,
-                token_accuracy=sums["correct"] / cells,
-                exact_accuracy=sums["exact"] / rows,
-                mean_steps=sums["steps"] / rows,
-                lr=rate,
-                num_samples=num_samples,
-                seconds=seconds,
-            )
+        return events.Batch(
+            progress=self._progress,
+            loss=sums["loss"] / rows,
+            token_accuracy=sums["correct"] / cells,
+            exact_accuracy=sums["exact"] / rows,
+            mean_steps=sums["steps"] / rows,
+            lr=rate,
+            num_samples=num_samples,
+            seconds=seconds,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """The samples of a global batch, in order."""
-
-    samples: npt.NDArray[np.int64]
-    epoch: int
 
 
 def _not_finite(at: Progress, samples: npt.NDArray[np.int64]) -> str:

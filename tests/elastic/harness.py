@@ -170,7 +170,7 @@ def training(
         launcher += ["torch.distributed.run", f"--nproc_per_node={workers}"]
         launcher += [f"--max-restarts={max_restarts}", "-m"]
     wanted = base | {"--checkpoint-dir": str(directory)} | (flags or {})
-    arguments = [part for pair in wanted.items() for part in pair]
+    arguments = [part for pair in wanted.items() for part in pair if part]
     with started(directory, [*launcher, "trm_dist", "train", *arguments]) as running:
         yield running
 

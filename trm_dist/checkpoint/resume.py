@@ -203,5 +203,6 @@ def _by_age(run: Run, found: list[Found]) -> list[Found]:
 
 
 def _is_latest_of(resume: str, directory: str) -> bool:
-    folder, name = os.path.split(resume)
-    return name == LATEST and os.path.realpath(folder or ".") == os.path.realpath(directory)
+    folder, name = split_url(resume)
+    there = open_store(folder).url
+    return name == LATEST and os.path.realpath(there) == os.path.realpath(directory)

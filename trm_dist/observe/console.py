@@ -2,12 +2,12 @@
 
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable
 
 from trm_dist import events
 from trm_dist.events import Emit, Event
+from trm_dist.logs import say
 
 logger = logging.getLogger(__name__)
 
@@ -19,9 +19,7 @@ def console(log_format: str, *, log_every_s: float) -> Emit:
 
 def print_json(event: Event) -> None:
     """Print an event as one line of JSON on stdout; floats keep all their bits."""
-    line = json.dumps(event.fields() | {"time": time.time()})
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+    say(json.dumps(event.fields() | {"time": time.time()}))
 
 
 class TextLines:
@@ -37,8 +35,8 @@ class TextLines:
         """Log one event, or keep it for the next line."""
         if isinstance(event, events.Started):
             self._total_batches = event.total_batches
-            for name, setting in event.settings.items():
-                logger.debug("setting %s=%s", name, setting)
+            chosen = {k: v for k, v in event.settings.items() if not v.endswith("(default)")}
+            logger.info("settings: %s", ", ".join(f"{k}={v}" for k, v in chosen.items()))
         if isinstance(event, events.Batch):
             self._rate.add(event.num_samples, event.seconds)
             if time.monotonic() - self._last_batch_s < self._log_every_s:
@@ -77,10 +75,11 @@ class _Rate:
 
 def _started(event: events.Started) -> str:
     at = event.progress
+    notes = "".join(f", {count:,} {name}" for name, count in event.notes.items() if count)
     origin = f"resumed from {event.source}" if event.source else "fresh start"
     return (
         f"{origin}: epoch {at.epoch}, {at.batch_count} of {event.total_batches} batches done; "
-        f"{event.num_parameters:,} parameters, {event.num_samples:,} samples, "
+        f"{event.num_parameters:,} parameters, {event.num_samples:,} samples{notes}, "
         f"{event.world_size} worker(s)"
     )
 

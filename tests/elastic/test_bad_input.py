@@ -1,0 +1,181 @@
+"""Bad input: one clear message, exit code 2, nothing lost. `check` and `train` say the same."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.elastic.harness import training
+from trm_dist.cli import main
+
+GOOD = {"context": "c", "query": "q", "completion": "a"}
+
+DATA = {
+    "broken JSON": ("a.json", '[{"context": "c",\n "query" "q"}]', "line 2, column 10"),
+    "broken JSONL": ("a.jsonl", json.dumps(GOOD) + "\n{oops}\n", "line 2, column 2"),
+    "no keys": ("a.json", json.dumps([GOOD, {"text": "t"}]), "record 1"),
+    "empty": ("a.json", "[]", "holds no records"),
+    "not a list": ("a.json", "{}", "neither a list of records"),
+    "overlong": ("a.json", json.dumps([GOOD | {"completion": "a" * 99}]), "leaves none"),
+    "few": ("a.json", json.dumps([GOOD]), "larger than the data"),
+}
+FLAGS = {
+    "missing file": (["--dataset", "no/such.json"], "no such file"),
+    "no data set": ([], "--dataset is missing"),
+    "length": (["--dataset", "sudoku4:train", "--seq-len", "20"], "does not fit"),
+    "shards": (["--dataset", "sudoku4:train", "--shards", "3"], "does not divide"),
+    "heads": (
+        ["--dataset", "sudoku4:train", "--net", "attn", "--heads", "5"],
+        "--heads 5 does not divide",
+    ),
+    "unknown flag": (["--dataset", "sudoku4:train", "--epoch", "3"], "--epochs"),
+    "object store": (["--dataset", "sudoku4:train", "--checkpoint-dir", "s3://a/b"], "s3://"),
+    "puzzles": (["--dataset", "sudoku4:train?count=x"], "not a set of puzzles"),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+@pytest.mark.parametrize("case", DATA)
+def test_bad_data_are_named(
+    case: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, content, expected = DATA[case]
+    path = tmp_path / name
+    path.write_text(content)
+    where = ["--dataset", str(path), "--checkpoint-dir", str(tmp_path / "c")]
+    assert main([command, *where, "--seq-len", "32", "--overlong", "drop"]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+@pytest.mark.parametrize("case", FLAGS)
+def test_bad_flags_are_named(
+    case: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    flags, expected = FLAGS[case]
+    assert main([command, *flags]) == 2
+    assert expected in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["train", "check"])
+def test_directory_that_cannot_be_written_is_named(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    where = ["--checkpoint-dir", str(tmp_path / "file" / "below")]
+    assert main([command, "--dataset", "sudoku4:train?count=50", *where]) == 2
+    assert "cannot be" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("finished") / "checkpoints"
+    with training(directory, flags={"--epochs": "1"}) as run:
+        assert run.end() == 0, run.messages()
+    return directory
+
+
+def listing(directory: Path) -> dict[str, bytes]:
+    return {each.name: each.read_bytes() for each in directory.iterdir() if each.is_file()}
+
+
+def refused(finished: Path, flags: list[str]) -> None:
+    before = listing(finished)
+    where = ["--checkpoint-dir", str(finished), *flags]
+    assert main(["train", *where]) == 2
+    assert main(["check", *where]) == 2
+    assert listing(finished) == before
+
+
+def test_every_mismatch_is_listed_at_once(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(finished, ["--dim", "64", "--seed", "7", "--batch-size", "20", "--depth", "2"])
+    message = capsys.readouterr().err
+    assert "--dim: stored 16, given 64" in message
+    assert "--seed: stored 0, given 7" in message
+    assert "--batch-size: stored 10, given 20" in message
+    assert "--depth" not in message
+
+
+def test_changed_data_are_refused_and_can_be_allowed(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = ["--dataset", "sudoku4:train?count=96&seed=1"]
+    refused(finished, other)
+    assert "--allow-dataset-change" in capsys.readouterr().err
+    where = ["--checkpoint-dir", str(finished), "--allow-dataset-change"]
+    assert main(["check", *where, *other]) == 0
+
+
+def test_data_of_another_kind_are_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([GOOD] * 20))
+    refused(finished, ["--dataset", str(path), "--eval-dataset", "", "--allow-dataset-change"])
+    assert "tokens" in capsys.readouterr().err
+
+
+def test_resume_never_refuses_a_used_directory(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(finished, ["--resume", "never", "--dataset", "sudoku4:train?count=96"])
+    assert "--overwrite" in capsys.readouterr().err
+
+
+class Malicious:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        import os
+
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("kind", ["missing", "torn", "format", "malicious", "directory"])
+def test_bad_resume_path_is_refused_and_never_executed(
+    kind: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, marker = tmp_path / "given.pt", tmp_path / "executed"
+    if kind == "torn":
+        path.write_bytes((finished / "checkpoint_final.pt").read_bytes()[:-5000])
+    elif kind == "format":
+        torch.save({"model": torch.zeros(3)}, path)
+    elif kind == "malicious":
+        path.write_bytes(pickle.dumps(Malicious(marker)))
+    elif kind == "directory":
+        path.mkdir()
+    refused(finished, ["--resume", str(path)])
+    assert str(path) in capsys.readouterr().err
+    assert not marker.exists()
+
+
+def test_malicious_file_under_a_documented_name_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, marker = tmp_path / "checkpoints", tmp_path / "executed"
+    directory.mkdir()
+    (directory / "checkpoint_latest.pt").write_bytes(pickle.dumps(Malicious(marker)))
+    flags = ["--dataset", "sudoku4:train?count=96", "--checkpoint-dir", str(directory)]
+    assert main(["train", *flags]) == 2
+    assert "none of them is valid" in capsys.readouterr().err
+    assert not marker.exists()
+
+
+def test_check_of_good_input_says_what_a_run_would_be(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", "--checkpoint-dir", str(finished)]) == 0
+    told = capsys.readouterr().out
+    assert "dim = 16 (stored)" in told
+    assert "all checks passed" in told

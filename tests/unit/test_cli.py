@@ -1,0 +1,116 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from trm_dist import __version__
+from trm_dist.cli import given_settings, main
+from trm_dist.config import Config
+
+FLAGS = [
+    "allow_dataset_change",
+    "batch_size",
+    "checkpoint_dir",
+    "checkpoint_interval",
+    "clip",
+    "dataset",
+    "depth",
+    "dim",
+    "ema",
+    "epochs",
+    "eval_dataset",
+    "eval_interval",
+    "expansion",
+    "h_cycles",
+    "halt_explore",
+    "heads",
+    "keep_every",
+    "keep_last",
+    "l_cycles",
+    "latest_every_s",
+    "log_every_s",
+    "log_format",
+    "loss",
+    "lr",
+    "n_sup",
+    "net",
+    "on_nan",
+    "optim",
+    "overlong",
+    "overwrite",
+    "prefix_len",
+    "resume",
+    "save",
+    "seed",
+    "seq_len",
+    "shards",
+    "store_deadline",
+    "threads",
+    "warmup_steps",
+    "weight_decay",
+]
+
+
+def test_flags_change_on_purpose_only() -> None:
+    assert sorted(Config().flat()) == FLAGS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--dim", "3"], {"dim"}),
+        (["--dim=3", "--seq_len", "4"], {"dim", "seq_len"}),
+        (["--data", "x", "--learning-rate=1"], {"dataset", "lr"}),
+        (["--no-overwrite", "--allow-dataset-change"], {"overwrite", "allow_dataset_change"}),
+        (["--dataset", "a--dim"], {"dataset"}),
+        ([], set()),
+    ],
+)
+def test_given_settings_are_those_with_a_flag(arguments: list[str], names: set[str]) -> None:
+    assert given_settings(arguments) == names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["train", "--bach-size", "3"], "--batch-size"),
+        (["train", "--dim", "three"], "--dim"),
+        (["trian"], "Perhaps you meant train"),
+        (["ls", "a", "--jsn"], "--json"),
+    ],
+)
+def test_mistyped_words_get_a_hint(
+    arguments: list[str], hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    told = capsys.readouterr()
+    assert hint in told.err + told.out
+
+
+def test_other_workers_say_nothing_of_wrong_usage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "--bach-size", "3"]) == 2
+    assert main(["train", "--dim", "0"]) == 2
+    told = capsys.readouterr()
+    assert told.err + told.out == ""
+
+
+def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == __version__ + "\n"
+    assert main([]) == 2
+    assert "train" in capsys.readouterr().out
+
+
+def test_check_of_a_fresh_start_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "p", "response": "r" * 99}) for _ in range(5)))
+    where = ["--checkpoint-dir", str(tmp_path / "c"), "--seq-len", "50"]
+    assert main(["check", "--data", str(path), *where]) == 0
+    assert "5 truncated" in capsys.readouterr().out
+    assert [each.name for each in tmp_path.iterdir()] == ["a.jsonl"]

@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from tests.unit.reference_trm import Reference, loss
+from trm_dist.model.losses import score_rows
+from trm_dist.model.trm import Shape, Trm, num_parameters
+
+SMALL = {
+    "dim": 12, "depth": 2, "heads": 3, "seq_len": 5, "prefix_len": 0, "num_tokens": 7,
+    "expansion": 2.0, "h_cycles": 3, "l_cycles": 2,
+}  # fmt: skip
+
+
+def shape(**changed: object) -> Shape:
+    return Shape(**(SMALL | changed))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("net", "seq_len", "num_tokens", "count"),
+    [
+        ("mlp", 81, 11, 5_028_866),
+        ("attn", 81, 11, 6_828_034),
+        ("mlp", 900, 6, 18_795_522),
+        ("attn", 900, 6, 6_822_914),
+    ],
+)
+def test_papers_models_have_exactly_its_parameters(
+    net: str, seq_len: int, num_tokens: int, count: int
+) -> None:
+    sizes = shape(
+        net=net, dim=512, heads=8, seq_len=seq_len, prefix_len=16, num_tokens=num_tokens,
+        expansion=4.0,
+    )  # fmt: skip
+    with torch.device("meta"):
+        assert num_parameters(Trm(sizes, seed=0)) == count
+
+
+@pytest.mark.parametrize("name", ["stablemax", "softmax"])
+@pytest.mark.parametrize("prefix_len", [0, 3])
+@pytest.mark.parametrize("net", ["mlp", "attn"])
+def test_model_agrees_with_the_reference_forward_and_backward(
+    net: str, prefix_len: int, name: str
+) -> None:
+    model = Trm(shape(net=net, prefix_len=prefix_len), seed=3).double()
+    torch.nn.init.normal_(model.halt_head.weight)
+    weights = {k: v.detach().clone().requires_grad_() for k, v in model.state_dict().items()}
+    reference = Reference(weights, net, 2, 3, prefix_len, rounds=3, thoughts=2)
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(7, (4, 5), generator=generator)
+    labels = torch.randint(7, (4, 5), generator=generator)
+    labels[0, 2:] = -100
+    y, z = model.start(4)
+
+    ours = model(tokens, y, z)
+    theirs = reference.deep_recursion(tokens, y.clone(), z.clone())
+    score_rows(ours[0], ours[1], labels, name).loss.sum().backward()  # type: ignore[arg-type]
+    loss(theirs[0], theirs[1], labels, name).backward()
+
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-10)
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, weights[key].grad, rtol=1e-8, atol=1e-10)
+
+
+def test_carry_has_no_gradient_and_starts_from_stored_vectors() -> None:
+    model = Trm(shape(net="mlp"), seed=0)
+    y, z = model.start(2)
+    *_, output, latent = model(torch.zeros(2, 5, dtype=torch.int64), y, z)
+    assert not output.requires_grad
+    assert not latent.requires_grad
+    assert {"output_init", "latent_init"} <= model.state_dict().keys()
+    assert torch.equal(y[1, 3], model.output_init)
+    assert torch.equal(z[1, 3], model.latent_init)
+
+
+def test_weights_are_a_function_of_the_seed() -> None:
+    one, same, other = (Trm(shape(net="attn"), seed=seed).state_dict() for seed in (5, 5, 6))
+    assert all(torch.equal(one[key], same[key]) for key in one)
+    assert not torch.equal(one["embedding"], other["embedding"])
+
+
+def test_nothing_halts_before_it_has_learned_when() -> None:
+    model = Trm(shape(net="mlp"), seed=0)
+    _, halt, *_ = model(torch.zeros(2, 5, dtype=torch.int64), *model.start(2))
+    assert halt.tolist() == [-5.0, -5.0]
