@@ -55,7 +55,7 @@ class TextLines:
             f"epoch {at.epoch} batch {at.batch_count}/{self._total_batches} "
             f"loss {event.loss:.4f} token {event.token_accuracy:.3f} "
             f"exact {event.exact_accuracy:.3f} steps {event.mean_steps:.1f} "
-            f"{rate:.0f} samples/s, {_duration(left)} left"
+            f"{rate:.3g} samples/s, {_duration(left)} left"
         )
 
 
@@ -122,7 +122,7 @@ def _stopped(event: events.Stopped) -> str:
 def _finished(event: events.Finished) -> str:
     return (
         f"finished: {event.progress.batch_count} batches, {event.progress.global_step} optimizer "
-        f"steps, {_duration(event.seconds)} in this start, {event.samples_per_s:.0f} samples/s, "
+        f"steps, {_duration(event.seconds)} in this start, {event.samples_per_s:.3g} samples/s, "
         f"peak memory {event.peak_memory_bytes / 2**20:.0f} MiB a worker, digest {event.digest}"
     )
 
