@@ -24,12 +24,11 @@ from trm_dist import __version__, events, randomness
 from trm_dist.checkpoint.manager import CheckpointManager
 from trm_dist.checkpoint.names import FINAL
 from trm_dist.checkpoint.publish import position, read_summary
-from trm_dist.checkpoint.runs import write_run
 from trm_dist.checkpoint.state import FORMAT_VERSION, digest, sealed
 from trm_dist.checkpoint.store import Store, open_store, split_url
 from trm_dist.elastic.reduction import ShardReduction
 from trm_dist.elastic.world import Group
-from trm_dist.errors import ResumeError, TrainingError
+from trm_dist.errors import TrainingError
 from trm_dist.evaluate import evaluate
 from trm_dist.events import Emit
 from trm_dist.feed import Feed
@@ -42,9 +41,6 @@ from trm_dist.progress import COUNTERS, Progress
 
 logger = logging.getLogger(__name__)
 
-CLAIM_WAIT_S = 10.0
-"""How long the writer of a dying group may keep the store."""
-
 _COLUMN = {name: column for column, name in enumerate(SCORES)}
 
 
@@ -52,29 +48,6 @@ def pin_numerics(threads: int) -> None:
     """Fix what the bits of a result depend on: threads and kernels. Before any tensor is made."""
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
-
-
-def open_manager(plan: Plan, emit: Emit) -> CheckpointManager:
-    """Become the writer of the store; the writer's first act that writes.
-
-    Raises:
-        ResumeError: Another process is writing there, or nobody can.
-    """
-    store = open_store(plan.config.checkpoint.checkpoint_dir)
-    try:
-        claimed = store.claim(CLAIM_WAIT_S)
-        if claimed:
-            write_run(store, plan.start.run)
-    except OSError as error:
-        raise ResumeError(
-            f"--checkpoint-dir {store.url} cannot be written: {error}. Mend that or choose another."
-        ) from error
-    if not claimed:
-        raise ResumeError(
-            f"--checkpoint-dir {store.url}: another run is writing there. Stop it, or choose "
-            "another directory."
-        )
-    return CheckpointManager(store, plan.start.run, plan.config.checkpoint, emit)
 
 
 class Trainer:

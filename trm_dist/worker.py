@@ -12,23 +12,35 @@ import threading
 from typing import NoReturn
 
 from trm_dist.checkpoint.manager import CheckpointManager
-from trm_dist.checkpoint.store import open_store
+from trm_dist.checkpoint.runs import write_run
+from trm_dist.checkpoint.store import Store, open_store
 from trm_dist.config import Config
 from trm_dist.elastic.agent import end_agent
 from trm_dist.elastic.preemption import StopListener, exit_code
 from trm_dist.elastic.world import Group, World, form_group, launch_id
-from trm_dist.errors import EXIT_GAVE_UP, EXIT_USAGE, TrmDistError, UserError
+from trm_dist.errors import (
+    EXIT_GAVE_UP,
+    EXIT_USAGE,
+    ConfigError,
+    ResumeError,
+    TrainingError,
+    TrmDistError,
+    UserError,
+)
 from trm_dist.events import Emit, Event, Stopped
 from trm_dist.logs import tell
 from trm_dist.observe.console import console
 from trm_dist.plan import Plan, check_space, from_message, make_plan, to_message
 from trm_dist.progress import Progress
-from trm_dist.train import Trainer, open_manager, pin_numerics
+from trm_dist.train import Trainer, pin_numerics
 
 logger = logging.getLogger(__name__)
 
 _SIGNS_OF_A_LOST_WORKER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """How gloo's RuntimeError tells that the other end of a connection has ended."""
+
+CLAIM_WAIT_S = 10.0
+"""How long the writer of a dying group may keep the store."""
 
 
 def train(config: Config, given: frozenset[str]) -> NoReturn:
@@ -45,11 +57,11 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
     plan = manager = None
     emit: Emit = _hear_nothing
     if world.is_writer:
-        plan = make_plan(config, given, launch_id(os.environ))
+        store = open_store(config.checkpoint.checkpoint_dir)
+        plan = _plan_and_claim(store, config, given)
         log = plan.config.log
         emit = console(log.log_format, log_every_s=log.log_every_s)
-        manager = open_manager(plan, emit)
-        check_space(plan, open_store(plan.config.checkpoint.checkpoint_dir))
+        manager = CheckpointManager(store, plan.start.run, plan.config.checkpoint, emit)
     group = form_group(world, os.environ)
     listener = StopListener(lambda signum: _stop(signum, manager, emit))
     listener.start()
@@ -60,6 +72,27 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
     except Exception as error:  # noqa: BLE001 the border: whatever it was, the newest state is kept
         _give_up(error, manager, listener)
     _leave(0)
+
+
+def _plan_and_claim(store: Store, config: Config, given: frozenset[str]) -> Plan:
+    """Plan, then become the only writer; plan anew if another one wrote in between."""
+    try:
+        seen = store.entries()
+        plan = make_plan(config, given, launch_id(os.environ))
+        if not store.claim(CLAIM_WAIT_S):
+            raise ResumeError(
+                f"--checkpoint-dir {store.url}: another run is writing there. Stop it, or choose "
+                "another directory."
+            )
+        if store.entries() != seen:
+            plan = make_plan(config, given, launch_id(os.environ))
+        write_run(store, plan.start.run)
+    except OSError as error:
+        raise ConfigError(
+            f"--checkpoint-dir {store.url} cannot be written: {error}. Mend that or choose another."
+        ) from error
+    check_space(plan, store)
+    return plan
 
 
 def _build(
@@ -89,17 +122,17 @@ def _give_up(
     if listener.stopping.is_set():  # the others left first; the stop saves and ends this process
         threading.Event().wait()
     if isinstance(error, TrmDistError):
-        tell(str(error))
+        if manager or isinstance(error, UserError):  # of the others all workers see the same
+            tell(str(error))
     elif any(sign in str(error) for sign in _SIGNS_OF_A_LOST_WORKER):
         logger.warning("another worker is gone (%s)", str(error).splitlines()[0])
     else:
         logger.error("training failed", exc_info=error)
     if manager:
         manager.save_newest()
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | TrainingError):  # a restart would meet it again
         end_agent(os.environ)
-        _leave(EXIT_USAGE)
-    _leave(EXIT_GAVE_UP)
+    _leave(EXIT_USAGE if isinstance(error, UserError) else EXIT_GAVE_UP)
 
 
 def _leave(code: int) -> NoReturn:

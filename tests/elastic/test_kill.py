@@ -36,6 +36,19 @@ def test_digest_is_the_same_at_every_world_size(
         assert_same_bits([run], undisturbed)
 
 
+def test_workers_beyond_the_shards_keep_pace_and_change_nothing(directory: Path) -> None:
+    flags = {"--batch-size": "8", "--shards": "2", "--epochs": "1"}
+    digests = set()
+    for workers in (1, 3):
+        where = directory / str(workers)
+        where.mkdir(parents=True)
+        with training(where / "checkpoints", workers=workers, flags=flags) as run:
+            assert run.end() == 0, run.messages()
+            digests.add(run.digest())
+    assert len(digests) == 1
+    assert "1 of them only keep pace" in run.messages()
+
+
 @pytest.mark.timeout(600)
 def test_twenty_kills_of_workers_in_one_run_change_nothing(
     directory: Path, undisturbed: Undisturbed

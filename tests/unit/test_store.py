@@ -396,7 +396,7 @@ def test_open_store_opens_a_directory(url: str, path: str) -> None:
 
 @pytest.mark.parametrize("url", ["s3://bucket/run", "gs://bucket", "nonsense://x"])
 def test_open_store_refuses_other_kinds_of_url(url: str) -> None:
-    with pytest.raises(ConfigError, match=f"--checkpoint-dir {url}"):
+    with pytest.raises(ConfigError, match=url):
         open_store(url)
 
 

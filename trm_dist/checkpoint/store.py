@@ -244,8 +244,8 @@ def open_store(url: str) -> Store:
     if scheme in {"file", "local"}:
         return LocalStore(path)
     raise ConfigError(
-        f"--checkpoint-dir {url}: checkpoints can be kept in a local or mounted directory so far, "
-        f"not in {scheme}://. Give a path."
+        f"{url}: checkpoints can be kept in a local or mounted directory so far, and "
+        f"{scheme}:// is neither. Give a path."
     )
 
 

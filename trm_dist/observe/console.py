@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from trm_dist import events
 from trm_dist.events import Emit, Event
@@ -18,8 +19,12 @@ def console(log_format: str, *, log_every_s: float) -> Emit:
 
 
 def print_json(event: Event) -> None:
-    """Print an event as one line of JSON on stdout; floats keep all their bits."""
-    say(json.dumps(event.fields() | {"time": time.time()}))
+    """Print an event as one line of JSON on stdout; floats keep all their bits.
+
+    A reader that has left, or a full disk behind it, never stops training.
+    """
+    with suppress(OSError):
+        say(json.dumps(event.fields() | {"time": time.time()}))
 
 
 class TextLines:
