@@ -142,7 +142,7 @@ def _checkpoints_at(path: str) -> tuple[Store, list[str]]:
 
     def age(name: str) -> tuple[Any, ...]:
         summary = summaries[name]
-        place = position(summary) if summary else (0, 0)
+        place = (summary["created_at"], *position(summary)) if summary else (0.0, 0, 0)
         return (*place, parse_epoch_name(name) is None, name == LATEST)
 
     return store, sorted(names, key=age)

@@ -278,10 +278,11 @@ class Trainer:
                 "model_state_dict": self._task.module.state_dict(),
                 "config": self._config.flat(),
                 "dataset": self._plan.dataset.identity(),
+                "run": self._plan.start.run.summary(),
                 "format_version": FORMAT_VERSION,
             }
             directory, name = split_url(url)
-            open_store(directory).put(name, sealed(content, self._plan.start.run.summary()))
+            open_store(directory).put(name, sealed(content))
         logger.info("final model written to %s", url)
 
     # -- telling -----------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 
 from tests.fakes import RUN, make_bytes, make_state
 from trm_dist.checkpoint.names import FINAL, LATEST, epoch_name
-from trm_dist.checkpoint.state import digest
+from trm_dist.checkpoint.state import digest, sealed
 from trm_dist.cli import main
 from trm_dist.progress import COUNTERS
 
@@ -340,4 +340,24 @@ def test_verify_takes_a_copy_under_any_name(directory: Path) -> None:
 def test_verify_finds_an_empty_file(name: str, directory: Path) -> None:
     (directory / name).write_bytes(b"")
 
+    assert main(["verify", str(directory)]) == 1
+
+
+def test_newest_of_a_directory_belongs_to_the_newest_run(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    later = replace(RUN, run_id="another", created_at=RUN.created_at + 1)
+    (directory / epoch_name(1, 3)).write_bytes(make_bytes(3, later))
+
+    assert printed_json(capsys, "inspect", str(directory))["batch_count"] == 3
+    assert printed_json(capsys, "ls", str(directory))[-1]["name"] == epoch_name(1, 3)
+
+
+def test_sealed_file_without_counters_is_damaged_and_no_crash(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (directory / LATEST).write_bytes(bytes(sealed({"a": 1}, {"branch": 1})))
+
+    rows = printed_json(capsys, "ls", str(directory))
+    assert [row["has_seal"] for row in rows if row["name"] == LATEST] == [False]
     assert main(["verify", str(directory)]) == 1

@@ -13,6 +13,9 @@ from trm_dist.checkpoint.seal import MAX_COMMENT_BYTES, Seal, read_seal
 from trm_dist.checkpoint.store import Store
 from trm_dist.errors import CorruptCheckpointError
 
+_NEEDED = {"run_id", "branch", "origin", "created_at", "batch_count"}
+"""What the summary of a checkpoint must tell."""
+
 
 def publish(
     store: Store, data: bytes | memoryview, *, own_names: Sequence[str], summary: dict[str, Any]
@@ -57,7 +60,10 @@ def read_tail(store: Store, name: str) -> Seal:
     sizes = {entry.name: entry.size_bytes for entry in store.entries()}
     if name not in sizes:
         raise FileNotFoundError(name)
-    return read_seal(store.read(name, max(0, sizes[name] - MAX_COMMENT_BYTES)))
+    found = read_seal(store.read(name, max(0, sizes[name] - MAX_COMMENT_BYTES)))
+    if not found.summary.keys() >= _NEEDED:
+        raise CorruptCheckpointError("its seal does not say where it stands in a run")
+    return found
 
 
 def position(summary: dict[str, Any]) -> tuple[int, int]:

@@ -35,17 +35,21 @@ def to_bytes(state: dict[str, Any]) -> tuple[memoryview, dict[str, Any]]:
         state: The state, with every key of KEYS; not changed.
     """
     assert state.keys() == KEYS, state.keys() ^ KEYS
-    summary = {name: state[name] for name in (*COUNTERS, "format_version")} | {
-        name: state["run"][name] for name in ("run_id", "branch", "origin", "created_at")
+    return sealed(state), summarize(state)
+
+
+def summarize(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the seal says of a content with counters and a run."""
+    return {name: content[name] for name in (*COUNTERS, "format_version")} | {
+        name: content["run"][name] for name in ("run_id", "branch", "origin", "created_at")
     }
-    return sealed(state, summary), summary
 
 
-def sealed(content: dict[str, Any], summary: dict[str, Any]) -> memoryview:
+def sealed(content: dict[str, Any], summary: dict[str, Any] | None = None) -> memoryview:
     """Serialize any content that `torch.load` can read, and seal it."""
     stream = io.BytesIO()
     torch.save(content, stream)
-    return seal(stream, summary)
+    return seal(stream, summarize(content) if summary is None else summary)
 
 
 def from_bytes(data: bytes | memoryview) -> dict[str, Any]:
