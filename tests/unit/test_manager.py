@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import RUN, FailingStore, FakeClock, MemoryStore, make_bytes, make_state
+from tests.fakes import (
+    RUN,
+    FailingStore,
+    FakeClock,
+    MemoryStore,
+    make_bytes,
+    make_state,
+    small_archive,
+)
 from trm_dist.checkpoint.manager import FIRST_PAUSE_S, LONGEST_PAUSE_S, CheckpointManager
 from trm_dist.checkpoint.names import FINAL, LATEST, epoch_name
 from trm_dist.checkpoint.runs import Run
@@ -455,7 +463,16 @@ def test_retention_does_not_count_damaged_files() -> None:
     assert set(store.files) == {epoch_name(1, count) for count in (1, 2, 3, 4)} | {LATEST}
 
 
-@pytest.mark.parametrize("content", [b"", b"torn", bytes(10_000)])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"torn",
+        bytes(10_000),
+        small_archive({}),
+        make_bytes(9).replace(b'"branch"', b'"brinch"'),
+    ],
+)
 def test_retention_does_not_count_files_without_a_seal(content: bytes) -> None:
     store = MemoryStore()
     store.put(epoch_name(9, 9), content)

@@ -110,6 +110,18 @@ def test_latest_without_a_seal_is_replaced(damaged: bytes) -> None:
     assert batches(store) == {LATEST: 1}
 
 
+@pytest.mark.parametrize("key", ["run_id", "branch", "batch_count"])
+def test_latest_with_a_broken_seal_is_replaced(key: str) -> None:
+    store, summary = MemoryStore(), make_summary(7)
+    del summary[key]
+    store.put(LATEST, small_archive(summary))
+
+    names = publish_batch(store, 1)
+
+    assert names == [LATEST]
+    assert batches(store) == {LATEST: 1}
+
+
 def test_latest_is_written_although_the_own_file_was_deleted_meanwhile() -> None:
     store = ForgetfulStore(removed=epoch_name(1, 7))
 

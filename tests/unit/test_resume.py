@@ -203,6 +203,31 @@ def test_good_files_cause_no_warning(store: LocalStore, caplog: pytest.LogCaptur
     assert caplog.messages == []
 
 
+def test_any_flip_in_a_seal_falls_back(store: LocalStore) -> None:
+    train(store, "launch-1", 10, 20)
+    good = store.read(LATEST)
+
+    for bit in range(8 * good.rfind(b"trm_dist "), 8 * len(good), 9):
+        data = bytearray(good)
+        data[bit // 8] ^= 1 << bit % 8
+        store.delete(LATEST)
+        Path(path_of(store, LATEST)).write_bytes(data)
+
+        assert choose(store).source == path_of(store, epoch_name(1, 20))
+
+
+@pytest.mark.parametrize("key", ["run_id", "branch", "origin", "created_at", "batch_count"])
+@pytest.mark.parametrize("has_record", [True, False])
+def test_seal_that_lost_a_key_falls_back(store: LocalStore, key: str, has_record: bool) -> None:
+    train(store, "launch-1", 10)
+    data = store.read(LATEST)
+    store.put(LATEST, data.replace(f'"{key}"'.encode(), b'"' + b"x" * len(key) + b'"'))
+    if not has_record:
+        store.delete(RECORD)
+
+    assert choose(store).source == path_of(store, epoch_name(1, 10))
+
+
 def test_older_files_are_tried_until_one_is_valid(store: LocalStore) -> None:
     train(store, "launch-1", 1, 2, 3)
     for name in (LATEST, epoch_name(1, 3)):
