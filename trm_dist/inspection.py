@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,7 @@ def list_checkpoints(arguments: ListArguments) -> int:
     store, names = _checkpoints_at(arguments.path)
     entries = {entry.name: entry for entry in store.entries()}
     rows: list[dict[str, Any]] = []
-    for name in names:
+    for name in [each for each in names if each in entries]:
         summary = read_summary(store, name) or {}
         rows.append({
             "name": name,
@@ -112,7 +113,10 @@ def inspect_checkpoint(arguments: InspectArguments) -> int:
 def verify_checkpoints(arguments: VerifyArguments) -> int:
     """Print what is good and what is not; exit code 1 when anything is not."""
     store, names = _checkpoints_at(arguments.path)
-    damage = {name: find_damage(store.read(name), name) for name in names}
+    damage = {}
+    for name in names:
+        with suppress(FileNotFoundError):  # a run that goes on may let it go meanwhile
+            damage[name] = find_damage(store.read(name), name)
     if arguments.json:
         say(json.dumps([
             {"name": name, "is_good": not found, "damage": found} for name, found in damage.items()
@@ -129,14 +133,17 @@ def _checkpoints_at(path: str) -> tuple[Store, list[str]]:
     Raises:
         UserError: There is no checkpoint there.
     """
-    store = open_store(path)
-    names = [entry.name for entry in store.entries()] if not os.path.isfile(path) else []
-    names = [name for name in names if is_checkpoint_name(name)]
+    directory, own_name = split_url(path)
+    is_file = os.path.isfile(open_store(path).url)
+    store = open_store(directory if is_file else path)
+    try:
+        names = [entry.name for entry in store.entries()]
+    except OSError:
+        names = []
+    names = [
+        name for name in names if name == own_name or (is_checkpoint_name(name) and not is_file)
+    ]
     if not names:
-        directory, name = split_url(path)
-        store = open_store(directory)
-        names = [entry.name for entry in store.entries() if entry.name == name]
-    if not names or os.path.isdir(os.path.join(store.url, names[0])):
         raise UserError(f"{path} is not a checkpoint and holds none. Check the path.")
     summaries = {name: read_summary(store, name) for name in names}
 

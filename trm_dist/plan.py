@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
 from typing import Any, Self
 
 import torch
@@ -170,7 +171,9 @@ def check_writable(store: Store) -> None:
 
 def _choose_start(store: Store, config: Config, launch_id: str) -> Start:
     try:
-        return choose_start(store, config.checkpoint, launch_id)
+        # A launch that asks for another start is another launch, whatever its id.
+        asked = blake2b(config.checkpoint.resume.encode(), digest_size=4).hexdigest()
+        return choose_start(store, config.checkpoint, f"{launch_id} {asked}")
     except OSError as error:
         raise ResumeError(
             f"--checkpoint-dir {store.url} cannot be read: {error}. Mend that or choose another."

@@ -67,3 +67,7 @@ def test_documented_names_are_checkpoint_names(name: str) -> None:
 @pytest.mark.parametrize("name", FOREIGN)
 def test_foreign_names_are_no_checkpoint_names(name: str) -> None:
     assert not is_checkpoint_name(name)
+
+
+def test_other_digits_than_ours_are_no_number() -> None:
+    assert parse_epoch_name("checkpoint_epoch_1_batch_1\u0661.pt") is None

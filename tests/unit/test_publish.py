@@ -183,3 +183,14 @@ def test_read_summary_is_none_where_nothing_is_known(damaged: bytes | None) -> N
         store.put(LATEST, damaged)
 
     assert read_summary(store, LATEST) is None
+
+
+def test_damaged_latest_that_claims_the_future_is_replaced() -> None:
+    store = MemoryStore()
+    publish_batch(store, 1)
+    data = bytearray(store.read(LATEST))
+    data[bytes(data).rfind(b'"batch_count": 1') + 15] ^= 8  # 1 becomes 9
+    store.put(LATEST, bytes(data))
+    assert (read_summary(store, LATEST) or {})["batch_count"] == 9
+
+    assert publish_batch(store, 2) == [LATEST]

@@ -631,7 +631,7 @@ def test_lost_record_is_rebuilt_for_auto(store: LocalStore) -> None:
     start = train(store, "launch-2")
 
     assert place(start) == (1, 20)
-    assert start.run == read_run(store) == replace(first.run, launch_id="")
+    assert start.run == read_run(store) == first.run
 
 
 def test_lost_record_is_rebuilt_on_a_branch(store: LocalStore) -> None:
@@ -641,7 +641,7 @@ def test_lost_record_is_rebuilt_on_a_branch(store: LocalStore) -> None:
 
     start = choose(store, "launch-3")
 
-    assert start.run == replace(begun.run, launch_id="")
+    assert start.run == begun.run
     assert place(start) == (2, 11)
 
 
@@ -708,3 +708,44 @@ def test_record_lost_at_any_stage_never_loses_the_present(store: LocalStore, sta
             store.delete(RECORD)
 
     assert place(choose(store)) == (2, 13)
+
+
+# -- what once went wrong --------------------------------------------------------------------------
+
+
+def test_restart_of_a_launch_that_starts_over_does_not_meet_the_old_damage(
+    store: LocalStore,
+) -> None:
+    store.put(LATEST, b"torn")
+    begun = train(store, "launch-1", resume="never", overwrite=True)
+
+    again = choose(store, "launch-1", resume="never", overwrite=True)
+
+    assert again.run == begun.run
+
+
+def test_lost_record_does_not_rewind_an_overwriting_launch(store: LocalStore) -> None:
+    train(store, "launch-1", 10, 20)
+    path = path_of(store, epoch_name(1, 10))
+    train(store, "launch-2", 11, resume=path, overwrite=True)
+    store.delete(RECORD)
+
+    assert place(choose(store, "launch-2", resume=path, overwrite=True)) == (2, 11)
+
+
+def test_path_below_a_file_is_refused_by_name(store: LocalStore) -> None:
+    train(store, "launch-1", 10)
+
+    with pytest.raises(ResumeError, match="--resume"):
+        choose(store, resume=path_of(store, LATEST) + "/x")
+
+
+def test_flip_that_makes_the_only_file_another_runs_is_no_fresh_start(store: LocalStore) -> None:
+    train(store, "launch-1", 10)
+    store.delete(LATEST)
+    data = bytearray(store.read(epoch_name(1, 10)))
+    data[bytes(data).rfind(b'"run_id": "') + 11] ^= 1
+    store.put(epoch_name(1, 10), bytes(data))
+
+    with pytest.raises(ResumeError, match="none of them is valid"):
+        choose(store)

@@ -36,8 +36,8 @@ def test_next_branch_remembers_origin_and_launch() -> None:
     assert run == replace(RUN, branch=2, origin="digest", launch_id="launch-7")
 
 
-def test_summary_says_all_but_the_launch() -> None:
-    assert RUN.summary() == {"run_id": "run-1", "branch": 1, "origin": "", "created_at": 1000.0}
+def test_summary_is_what_rebuilds_the_record() -> None:
+    assert Run(**RUN.summary()) == RUN
 
 
 # -- the record ------------------------------------------------------------------------------------
@@ -90,8 +90,7 @@ def test_record_is_renewed_for_another_branch() -> None:
         b"{}",
         b'"text"',
         b'{"run_id": "run-1"}',
-        json.dumps(RUN.summary()).encode(),
-        json.dumps({**RUN.summary(), "launch_id": "", "unknown": 1}).encode(),
+        json.dumps({**RUN.summary(), "unknown": 1}).encode(),
     ],
 )
 def test_record_that_cannot_be_read_is_none(content: bytes) -> None:
@@ -118,10 +117,17 @@ def test_nothing_is_rebuilt_from_nothing() -> None:
     assert Run.rebuilt([]) is None
 
 
-def test_record_is_rebuilt_from_a_checkpoint_without_its_launch() -> None:
+def test_record_is_rebuilt_from_a_checkpoint() -> None:
     run = replace(RUN, branch=3, origin="digest")
 
-    assert Run.rebuilt([make_summary(5, run)]) == replace(run, launch_id="")
+    assert Run.rebuilt([make_summary(5, run)]) == run
+
+
+def test_record_is_rebuilt_from_a_checkpoint_that_does_not_name_its_launch() -> None:
+    summary = make_summary(5)
+    del summary["launch_id"]
+
+    assert Run.rebuilt([summary]) == replace(RUN, launch_id="")
 
 
 @pytest.mark.parametrize(

@@ -283,3 +283,16 @@ def test_tensors_of_mixed_types_are_saved_together() -> None:
 
     assert [each.dtype for each in back.values()] == DTYPES
     assert all(each.tolist() == [1, 1, 1] for each in back.values())
+
+
+@pytest.mark.parametrize(
+    "tree", [{"a": torch.zeros(2, dtype=torch.complex64)}, {"a": {(1, 2): 3}}], ids=["type", "key"]
+)
+def test_what_a_snapshot_cannot_hold_is_refused_and_the_last_one_stands(
+    tree: dict[str, Any],
+) -> None:
+    snapshot = Snapshot()
+    snapshot.capture({"a": 1})
+    with pytest.raises(TypeError):
+        snapshot.capture(tree)
+    assert snapshot.tree() == {"a": 1}

@@ -413,3 +413,8 @@ def test_open_store_refuses_other_kinds_of_url(url: str) -> None:
 )
 def test_split_url_gives_directory_and_name(url: str, parts: tuple[str, str]) -> None:
     assert split_url(url) == parts
+
+
+def test_root_of_a_file_system_is_a_directory() -> None:
+    directory, name = split_url("file:///x.pt")
+    assert (open_store(directory).url, name) == ("/", "x.pt")

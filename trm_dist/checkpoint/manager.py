@@ -6,6 +6,7 @@ another thread while the training thread is in the middle of a batch or blocked 
 """
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -192,11 +193,13 @@ class CheckpointManager:
 class _Failures:
     """Commits that failed since the last one that worked."""
 
-    def __init__(self, count: int = 0, first_at_s: float = 0.0, retry_at_s: float = 0.0) -> None:
+    def __init__(
+        self, count: int = 0, first_at_s: float = 0.0, retry_at_s: float = -math.inf
+    ) -> None:
         self.count = count
         self.first_at_s = first_at_s
         self.retry_at_s = retry_at_s
 
     def another(self, now: float) -> "_Failures":
         pause_s = min(FIRST_PAUSE_S * 2**self.count, LONGEST_PAUSE_S)
-        return _Failures(self.count + 1, self.first_at_s or now, now + pause_s)
+        return _Failures(self.count + 1, self.first_at_s if self.count else now, now + pause_s)

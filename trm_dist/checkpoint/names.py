@@ -5,7 +5,7 @@ import re
 LATEST = "checkpoint_latest.pt"
 FINAL = "checkpoint_final.pt"
 
-_EPOCH_NAME = re.compile(r"checkpoint_epoch_([1-9]\d*)_batch_([1-9]\d*)\.pt")
+_EPOCH_NAME = re.compile(r"checkpoint_epoch_([1-9][0-9]*)_batch_([1-9][0-9]*)\.pt")
 
 
 def epoch_name(epoch: int, batch_idx: int) -> str:

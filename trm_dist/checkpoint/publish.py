@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trm_dist.checkpoint.names import LATEST
-from trm_dist.checkpoint.seal import MAX_COMMENT_BYTES, Seal, read_seal
+from trm_dist.checkpoint.seal import MAX_COMMENT_BYTES, Seal, read_seal, verify_seal
 from trm_dist.checkpoint.store import Store
 from trm_dist.errors import CorruptCheckpointError
 
@@ -37,7 +37,7 @@ def publish(
     names: list[str] = []
     for name in own_names:
         _put_or_copy(store, data, name, names)
-    if not _stands_before(summary, read_summary(store, LATEST)):
+    if not _is_behind_latest(store, summary):
         _put_or_copy(store, data, LATEST, names)
     return names
 
@@ -50,17 +50,24 @@ def read_summary(store: Store, name: str) -> dict[str, Any] | None:
         return None
 
 
-def read_tail(store: Store, name: str) -> Seal:
+def read_tail(store: Store, name: str, size_bytes: int | None = None) -> Seal:
     """Read the seal of a file without reading its weights.
+
+    Args:
+        store: Where it lies.
+        name: Its name.
+        size_bytes: Its size, if the caller has listed the store already.
 
     Raises:
         FileNotFoundError: There is no such file.
         CorruptCheckpointError: It has no readable seal.
     """
-    sizes = {entry.name: entry.size_bytes for entry in store.entries()}
-    if name not in sizes:
-        raise FileNotFoundError(name)
-    found = read_seal(store.read(name, max(0, sizes[name] - MAX_COMMENT_BYTES)))
+    if size_bytes is None:
+        sizes = {entry.name: entry.size_bytes for entry in store.entries()}
+        if name not in sizes:
+            raise FileNotFoundError(name)
+        size_bytes = sizes[name]
+    found = read_seal(store.read(name, max(0, size_bytes - MAX_COMMENT_BYTES)))
     if not found.summary.keys() >= _NEEDED:
         raise CorruptCheckpointError("its seal does not say where it stands in a run")
     return found
@@ -71,11 +78,16 @@ def position(summary: dict[str, Any]) -> tuple[int, int]:
     return int(summary["branch"]), int(summary["batch_count"])
 
 
-def _stands_before(ours: dict[str, Any], theirs: dict[str, Any] | None) -> bool:
-    """Tell whether `ours` is older than `theirs` of the same run."""
-    if theirs is None or theirs.get("run_id") != ours["run_id"]:
+def _is_behind_latest(store: Store, ours: dict[str, Any]) -> bool:
+    """Tell whether latest holds a later state of the same run, every byte of it verified."""
+    theirs = read_summary(store, LATEST)
+    if theirs is None or theirs["run_id"] != ours["run_id"] or position(ours) >= position(theirs):
         return False
-    return position(ours) < position(theirs)
+    try:
+        verify_seal(store.read(LATEST))
+    except (CorruptCheckpointError, FileNotFoundError):
+        return False
+    return True
 
 
 def _put_or_copy(store: Store, data: bytes | memoryview, name: str, names: list[str]) -> None:

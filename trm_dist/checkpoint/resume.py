@@ -8,7 +8,7 @@ from typing import Any
 from trm_dist.checkpoint.names import FINAL, LATEST, is_checkpoint_name
 from trm_dist.checkpoint.publish import position, read_tail
 from trm_dist.checkpoint.runs import Run, read_run
-from trm_dist.checkpoint.seal import Seal
+from trm_dist.checkpoint.seal import Seal, verify_seal
 from trm_dist.checkpoint.state import from_bytes
 from trm_dist.checkpoint.store import Store, open_store, split_url
 from trm_dist.config import CheckpointConfig
@@ -45,7 +45,7 @@ def find_checkpoints(store: Store) -> list[Found]:
     for entry in store.entries():
         if is_checkpoint_name(entry.name):
             try:
-                found.append(Found(entry.name, read_tail(store, entry.name)))
+                found.append(Found(entry.name, read_tail(store, entry.name, entry.size_bytes)))
             except FileNotFoundError:  # removed by hand while we look
                 continue
             except CorruptCheckpointError as error:
@@ -76,7 +76,8 @@ def choose_start(store: Store, config: CheckpointConfig, launch_id: str) -> Star
     newest = _newest(store, run, found)
     if newest is not None:
         return newest
-    _refuse_if_lost(store, run, found)
+    if config.resume != "never":  # the restart of a launch that starts over needs no old state
+        _refuse_if_lost(store, run, found)
     if names_a_file:
         raise ResumeError(
             f"--resume {config.resume}: {store.url} holds no checkpoint. Check the path, or leave "
@@ -131,7 +132,7 @@ def _read_origin(url: str) -> _Origin:
     try:
         data = store.read(name)
         state = from_bytes(data)
-        return _Origin(data, read_tail(store, name), state)
+        return _Origin(data, verify_seal(data), state)
     except FileNotFoundError as error:
         raise ResumeError(
             f"--resume {url}: there is no such file. `trm_dist ls DIR` lists what there is."
@@ -141,6 +142,8 @@ def _read_origin(url: str) -> _Origin:
             f"--resume {url}: this is a directory. Give it as --checkpoint-dir; its newest state "
             "is then taken without --resume."
         ) from error
+    except OSError as error:
+        raise ResumeError(f"--resume {url} cannot be read: {error}. Check the path.") from error
     except CorruptCheckpointError as error:
         raise ResumeError(
             f"--resume {url}: {error}. Choose another checkpoint; `trm_dist verify DIR` names the "
@@ -171,8 +174,10 @@ def _refuse_if_lost(store: Store, run: Run | None, found: list[Found]) -> None:
     Raises:
         ResumeError: There are files of this run and none is valid, or a branch has lost its origin.
     """
-    damaged = [each.name for each in found if each.seal is None]
+    # Verified whole: a flipped bit in a seal can make a file look like that of another run.
+    damaged = [each.name for each in found if not _is_whole(store, each.name)]
     damaged += [each.name for each in _by_age(run, found)] if run else []
+    damaged = sorted(set(damaged))
     if damaged:
         raise ResumeError(
             f"{store.url} holds checkpoints and none of them is valid: {', '.join(damaged)}. "
@@ -184,6 +189,16 @@ def _refuse_if_lost(store: Store, run: Run | None, found: list[Found]) -> None:
             f"{store.url}: branch {run.branch} of the run has no checkpoint yet, and the one it "
             "begins from is not here any more. Name it with --resume PATH."
         )
+
+
+def _is_whole(store: Store, name: str) -> bool:
+    try:
+        verify_seal(store.read(name))
+    except CorruptCheckpointError:
+        return False
+    except FileNotFoundError:  # removed by hand while we look
+        return True
+    return True
 
 
 def _by_age(run: Run, found: list[Found]) -> list[Found]:

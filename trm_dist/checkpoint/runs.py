@@ -43,7 +43,8 @@ class Run:
         if newest is None:
             return None
         created_at = float(newest["created_at"])
-        return cls(newest["run_id"], newest["branch"], newest["origin"], created_at, "")
+        launch_id = newest.get("launch_id", "")
+        return cls(newest["run_id"], newest["branch"], newest["origin"], created_at, launch_id)
 
     def next_branch(self, origin: str, launch_id: str) -> Self:
         """Begin the next branch from the checkpoint with this digest."""
@@ -51,7 +52,7 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """Return what every checkpoint of the run says of it."""
-        return {name: value for name, value in asdict(self).items() if name != "launch_id"}
+        return asdict(self)
 
 
 def read_run(store: Store) -> Run | None:

@@ -70,10 +70,10 @@ def _view(buffer: npt.NDArray[np.uint8], dtype: str, shape: list[int], offset: i
 
 def _take_out(value: Any, tensors: list[Tensor]) -> Any:
     """Replace tensors by their number, and say the kind of every container."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and str(value.dtype) in _DTYPES:
         tensors.append(value)
         return {_KIND: "tensor", "at": len(tensors) - 1}
-    if isinstance(value, dict):
+    if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
         items = [[key, _take_out(each, tensors)] for key, each in value.items()]
         return {_KIND: "dict", "items": items}
     if isinstance(value, list | tuple):

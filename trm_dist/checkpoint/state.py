@@ -41,7 +41,8 @@ def to_bytes(state: dict[str, Any]) -> tuple[memoryview, dict[str, Any]]:
 def summarize(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the seal says of a content with counters and a run."""
     return {name: content[name] for name in (*COUNTERS, "format_version")} | {
-        name: content["run"][name] for name in ("run_id", "branch", "origin", "created_at")
+        name: content["run"][name]
+        for name in ("run_id", "branch", "origin", "created_at", "launch_id")
     }
 
 
@@ -64,10 +65,12 @@ def from_bytes(data: bytes | memoryview) -> dict[str, Any]:
     # torch and pickle raise many kinds for bytes that are no checkpoint; all mean the same here.
     except Exception as error:
         raise CorruptCheckpointError(
-            f"torch.load refuses it: {str(error).splitlines()[0]}"
+            f"torch.load refuses it: {(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
     if not isinstance(state, dict) or not state.keys() >= KEYS:
         raise CorruptCheckpointError("it does not hold a training state")
+    if not isinstance(state["format_version"], int):
+        raise CorruptCheckpointError("its format_version is not a number")
     if state["format_version"] > FORMAT_VERSION:
         raise CorruptCheckpointError(
             f"its format_version {state['format_version']} is newer than this program's "

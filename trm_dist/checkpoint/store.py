@@ -9,8 +9,8 @@ does the four steps itself: write aside, flush to disk, rename, flush the direct
 """
 
 import fcntl
-import itertools
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Iterator
@@ -101,7 +101,6 @@ class LocalStore:
 
     def __init__(self, path: str) -> None:
         self.url = path
-        self._numbers = itertools.count()
         self._claim: int | None = None
 
     def entries(self) -> list[Entry]:
@@ -202,7 +201,7 @@ class LocalStore:
     def _temporary(self) -> Iterator[str]:
         """Give a name nobody else uses, and leave nothing behind under it."""
         os.makedirs(self._path(HIDDEN), exist_ok=True)
-        path = self._path(f"{HIDDEN}/{_TEMPORARY}{os.getpid()}-{next(self._numbers)}")
+        path = self._path(f"{HIDDEN}/{_TEMPORARY}{secrets.token_hex(8)}")
         try:
             yield path
         finally:
@@ -258,4 +257,6 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 def split_url(url: str) -> tuple[str, str]:
     """Split the URL of a file into that of its directory and its name."""
     directory, _, name = url.rpartition("/")
-    return (directory or ("/" if url.startswith("/") else "."), name)
+    if directory.endswith("://") or (url.startswith("/") and not directory):
+        directory += "/"  # the root of a file system
+    return directory or ".", name
