@@ -5,17 +5,21 @@ Only processes that a test started are ever signalled, by their id.
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 DEADLINE_S = 240.0
+
+_MARK = "TEST_TRAINING"
+"""Variable that all processes of one training inherit."""
 
 # 96 samples in batches of 10: ten batches an epoch, the last of 6 samples, so one shard is partly
 # and one wholly empty in it. Clipping, warm-up and halting exploration are all at work.
@@ -187,14 +191,29 @@ def started(directory: Path, command: list[str]) -> Iterator[Training]:
         for name, value in os.environ.items()
         if not name.startswith(("TORCH", "OMP_", "RANK", "WORLD", "MASTER"))
     }
+    mark = f"{_MARK}={secrets.token_hex(8)}"
+    environment |= dict([mark.split("=")])
     with output.open("wb") as out, errors.open("wb") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
     running = Training(process, output, errors)
     try:
         yield running
     finally:
-        if process.poll() is None:
-            kill_all(running)
+        left = _marked(mark)
+        for pid in left:
+            kill(pid)
+        process.wait(DEADLINE_S)
+        wait_until_gone(left)
+
+
+def _marked(mark: str) -> list[int]:
+    """The processes of one training, also those whose parent is gone."""
+    found = []
+    for each in Path("/proc").iterdir():
+        with suppress(OSError):
+            if each.name.isdigit() and mark.encode() in (each / "environ").read_bytes():
+                found.append(int(each.name))
+    return found
 
 
 def _is_alive(pid: int) -> bool:

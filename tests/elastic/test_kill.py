@@ -92,7 +92,8 @@ def test_everything_killed_again_and_again_changes_nothing(
 
 
 def test_torchrun_killed_takes_its_workers_along(directory: Path, undisturbed: Undisturbed) -> None:
-    with training(directory, workers=2) as first:
+    # Too long to end by itself while the test waits for its workers to be gone.
+    with training(directory, workers=2, flags={"--epochs": "1000"}) as first:
         first.wait_for_batches(12)
         workers = children(first.process.pid)
         kill(first.process.pid)
