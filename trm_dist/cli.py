@@ -15,7 +15,7 @@ import tyro
 
 from trm_dist import __version__, logs
 from trm_dist.config import Config
-from trm_dist.elastic.agent import die_with_agent, end_agent
+from trm_dist.elastic.agent import die_with_agent, end_agent, let_the_first_speak
 from trm_dist.errors import EXIT_GAVE_UP, EXIT_INTERRUPTED, EXIT_USAGE, TrmDistError, UserError
 from trm_dist.logs import say, tell
 
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str], defaults: Config | None = None) -> int:
     except _UsageError as error:
         if rank == 0:
             tell(str(error))
+        else:
+            let_the_first_speak(os.environ)
     except UserError as error:
         tell(str(error))
     except KeyboardInterrupt:

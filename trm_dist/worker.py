@@ -119,8 +119,6 @@ def _give_up(
     error: Exception, manager: CheckpointManager | None, listener: StopListener
 ) -> NoReturn:
     """End this worker for an error: the newest state saved, one message or a traceback."""
-    if listener.stopping.is_set():  # the others left first; the stop saves and ends this process
-        threading.Event().wait()
     if isinstance(error, TrmDistError):
         if manager or isinstance(error, UserError):  # of the others all workers see the same
             tell(str(error))
@@ -128,10 +126,12 @@ def _give_up(
         logger.warning("another worker is gone (%s)", str(error).splitlines()[0])
     else:
         logger.error("training failed", exc_info=error)
-    if manager:
-        manager.save_newest()
     if isinstance(error, UserError | TrainingError):  # a restart would meet it again
         end_agent(os.environ)
+    if listener.stopping.is_set():  # the stop saves and ends this process
+        threading.Event().wait()
+    if manager:
+        manager.save_newest()
     _leave(EXIT_USAGE if isinstance(error, UserError) else EXIT_GAVE_UP)
 
 

@@ -4,7 +4,11 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
+
+SPEAK_S = 30.0
+"""How long a silent worker stays; on its own node it is ended long before."""
 
 _PR_SET_PDEATHSIG = 1
 _AGENT_MARKS = (
@@ -32,6 +36,15 @@ def die_with_agent(environment: Mapping[str, str]) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent or parent == 1:
         os._exit(1)  # it was gone before the kernel knew
+
+
+def let_the_first_speak(environment: Mapping[str, str]) -> None:
+    """Stay until the agent ends this worker, so that the one that tells the reason is not cut off.
+
+    The first worker that exits makes the agent kill the others at once.
+    """
+    if is_under_agent(environment):
+        time.sleep(SPEAK_S)
 
 
 def end_agent(environment: Mapping[str, str]) -> None:
