@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from contextlib import suppress
 
 
 def configure(*, rank: int, world_size: int) -> None:
@@ -17,10 +18,14 @@ def configure(*, rank: int, world_size: int) -> None:
 
 
 def tell(message: str) -> None:
-    """Tell a person what is wrong, on stderr; an empty message was told already."""
+    """Tell a person what is wrong, on stderr; an empty message was told already.
+
+    A reader that has left stops nothing: a save may follow.
+    """
     if message:
-        sys.stderr.write(f"trm_dist: {message}\n")
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.write(f"trm_dist: {message}\n")
+            sys.stderr.flush()
 
 
 def say(text: str) -> None:

@@ -243,6 +243,8 @@ class Trainer:
         if self._has_final(store):
             logger.info("already at its total of %d epochs", self._config.train.epochs)
         else:
+            if self._manager:
+                self._manager.save_newest()  # the evaluation may take long
             self._evaluate()
             if self._manager:
                 self._manager.save_final()

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from typing import NoReturn
 
 from trm_dist.checkpoint.manager import CheckpointManager
@@ -23,6 +24,7 @@ from trm_dist.errors import (
     EXIT_USAGE,
     ConfigError,
     ResumeError,
+    StoreError,
     TrainingError,
     TrmDistError,
     UserError,
@@ -31,7 +33,6 @@ from trm_dist.events import Emit, Event, Stopped
 from trm_dist.logs import tell
 from trm_dist.observe.console import console
 from trm_dist.plan import Plan, check_space, from_message, make_plan, to_message
-from trm_dist.progress import Progress
 from trm_dist.train import Trainer, pin_numerics
 
 logger = logging.getLogger(__name__)
@@ -109,9 +110,10 @@ def _build(
 def _stop(signum: int, manager: CheckpointManager | None, emit: Emit) -> NoReturn:
     """End this worker for a signal: no collective, no agreement, the newest state saved."""
     if manager:
+        manager.freeze()
         manager.save_newest()
-        at = manager.captured or Progress()
-        emit(Stopped(progress=at, reason=signal.Signals(signum).name))
+        if manager.captured:
+            emit(Stopped(progress=manager.captured, reason=signal.Signals(signum).name))
     _leave(exit_code(signum))
 
 
@@ -126,7 +128,7 @@ def _give_up(
         logger.warning("another worker is gone (%s)", str(error).splitlines()[0])
     else:
         logger.error("training failed", exc_info=error)
-    if isinstance(error, UserError | TrainingError):  # a restart would meet it again
+    if isinstance(error, UserError | TrainingError | StoreError):  # a restart would meet it again
         end_agent(os.environ)
     if listener.stopping.is_set():  # the stop saves and ends this process
         threading.Event().wait()
@@ -138,8 +140,9 @@ def _give_up(
 def _leave(code: int) -> NoReturn:
     """End the process at once: tearing gloo and DDP down aborts in every second finished run."""
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a reader that has left
+            stream.flush()
     os._exit(code)
 
 

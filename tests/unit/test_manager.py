@@ -326,24 +326,23 @@ def test_save_newest_writes_nothing_that_is_committed_by_name() -> None:
     assert writer.store.calls == []
 
 
-def test_save_newest_writes_nothing_that_was_resumed() -> None:
-    writer = Writer(MemoryStore())
-    writer.manager.mark_committed(progress_at(5))
-    writer.finish_batch(5)
+def test_save_newest_leaves_the_file_alone_from_which_this_start_began() -> None:
+    writer = Writer(MemoryStore(), checkpoint_interval=5)
+    writer.manager.capture(make_state(5))
 
     assert writer.manager.save_newest()
 
-    assert writer.store.calls == []
+    assert set(writer.store.files) == {LATEST}
 
 
-def test_save_newest_writes_what_came_after_the_resumed_state() -> None:
-    writer = Writer(MemoryStore())
-    writer.manager.mark_committed(progress_at(5))
-    writer.finish_batch(6)
+def test_save_newest_gives_a_boundary_of_the_interval_its_own_name() -> None:
+    writer = Writer(MemoryStore(), checkpoint_interval=5)
+    writer.manager.capture(make_state(4))
+    writer.manager.capture(make_state(5))
 
-    writer.manager.save_newest()
+    assert writer.manager.save_newest()
 
-    assert batches(writer.store) == {LATEST: 6}
+    assert set(writer.store.files) == {LATEST, epoch_name(1, 5)}
 
 
 def test_save_newest_says_when_it_failed() -> None:

@@ -51,6 +51,7 @@ class CheckpointManager:
         self._lock = threading.RLock()
         self._snapshot = Snapshot()
         self._captured: Progress | None = None
+        self._first: Progress | None = None
         self._committed: Progress | None = None
         self._known_good: set[tuple[str, str]] = set()
         self._last_commit_s = clock()
@@ -61,15 +62,19 @@ class CheckpointManager:
         """The newest captured boundary."""
         return self._captured
 
-    def mark_committed(self, progress: Progress) -> None:
-        """Say that this state lies in the store already; it was resumed from there."""
-        self._committed = progress
+    def freeze(self) -> None:
+        """Let no more state be captured: the training thread waits from its next boundary on.
+
+        For the thread that stops the process, which alone can still save.
+        """
+        self._lock.acquire()  # never released
 
     def capture(self, tree: dict[str, Any]) -> None:
         """Copy the state of a batch boundary; it may change once this returns."""
         with self._lock:
             self._snapshot.capture(tree)
             self._captured = Progress(**{name: tree[name] for name in COUNTERS})
+            self._first = self._first or self._captured
 
     def save_if_due(self) -> None:
         """Publish the captured state when the interval or the time has come, or a retry has.
@@ -78,18 +83,13 @@ class CheckpointManager:
             StoreError: No commit has worked for longer than the deadline.
         """
         assert self._captured is not None, "capture comes first"
-        now, interval = self._clock(), self._config.checkpoint_interval
-        if self._captured.batch_count % interval == 0:
-            own_name = epoch_name(self._captured.epoch, self._captured.batch_idx)
-        elif now - self._last_commit_s >= self._config.latest_every_s or self._failures.count:
-            own_name = ""
-        else:
-            return
-        if now >= self._failures.retry_at_s:
-            self._try_publish([own_name] if own_name else [])
+        now, names = self._clock(), self._due_names()
+        is_time = now - self._last_commit_s >= self._config.latest_every_s
+        if (names or is_time or self._failures.count) and now >= self._failures.retry_at_s:
+            self._try_publish(names)
 
     def save_newest(self) -> bool:
-        """Publish the captured state as latest, unless it is committed; one attempt, any thread.
+        """Publish the captured state, unless it is committed; one attempt, any thread.
 
         Returns:
             Whether the newest captured state is in the store now.
@@ -97,8 +97,10 @@ class CheckpointManager:
         with self._lock:
             if self._captured is None or self._captured == self._committed:
                 return True
+            # Where this start began has a name already, and a branch's origin must stay as it is.
+            own_names = [] if self._captured == self._first else self._due_names()
             try:
-                self._publish([])
+                self._publish(own_names)
             except OSError as error:
                 logger.error("the newest state could not be saved: %s", error)
                 return False
@@ -112,6 +114,13 @@ class CheckpointManager:
         """
         while not self._try_publish([FINAL]):
             time.sleep(max(0.0, self._failures.retry_at_s - self._clock()))
+
+    def _due_names(self) -> list[str]:
+        """Return the name of its own that the captured state gets, if the interval says so."""
+        at = self._captured
+        assert at is not None, "capture comes first"
+        is_due = at.batch_count % self._config.checkpoint_interval == 0
+        return [epoch_name(at.epoch, at.batch_idx)] if is_due else []
 
     def _try_publish(self, own_names: Sequence[str]) -> bool:
         try:

@@ -34,8 +34,10 @@ def die_with_agent(environment: Mapping[str, str]) -> None:
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent or parent == 1:
-        os._exit(1)  # it was gone before the kernel knew
+    # Whoever loses its parent is adopted, mostly by process 1; in a container torchrun is that one.
+    if os.getppid() != parent or (parent == 1 and not _is_torchrun(parent)):
+        os.write(2, b"trm_dist: torchrun was gone before this worker had started\n")
+        os._exit(1)
 
 
 def let_the_first_speak(environment: Mapping[str, str]) -> None:
@@ -55,11 +57,14 @@ def end_agent(environment: Mapping[str, str]) -> None:
     """
     if not is_under_agent(environment):
         return
-    parent = os.getppid()
+    if _is_torchrun(os.getppid()):
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
+def _is_torchrun(pid: int) -> bool:
     try:
-        with open(f"/proc/{parent}/cmdline", "rb") as file:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
             command = file.read().replace(b"\0", b" ").decode(errors="replace")
     except OSError:
-        return
-    if any(mark in command for mark in _AGENT_MARKS):
-        os.kill(parent, signal.SIGTERM)
+        return False
+    return any(mark in command for mark in _AGENT_MARKS)
