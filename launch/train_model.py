@@ -13,7 +13,6 @@ from trm_dist.config import Config
 
 TEXT_DEFAULTS = Config().with_values(
     {
-        "seq_len": 256,
         "h_cycles": 2,
         "l_cycles": 2,
         "n_sup": 4,

@@ -13,10 +13,11 @@ from typing import Any, Self
 
 import torch
 
+from trm_dist.checkpoint.names import is_checkpoint_name
 from trm_dist.checkpoint.resume import Start, choose_start
 from trm_dist.checkpoint.runs import Run
 from trm_dist.checkpoint.state import from_bytes
-from trm_dist.checkpoint.store import Store, open_store
+from trm_dist.checkpoint.store import Store, open_store, split_url
 from trm_dist.config import Config, Settings, check_heads, derived_sizes, resolve
 from trm_dist.data.dataset import Dataset, open_dataset
 from trm_dist.errors import ConfigError, DataError, ResumeError
@@ -73,6 +74,7 @@ def make_plan(config: Config, given: Iterable[str], launch_id: str) -> Plan:
     store = open_store(config.checkpoint.checkpoint_dir)
     start = _choose_start(store, config, launch_id)
     settings = resolve(config, given, start.state["config"] if start.state else None)
+    _check_save(settings.config.checkpoint.save)
     plan = _with_data(settings, start)
     if start.state is not None:
         _check_dataset(plan, start.state["dataset"])
@@ -169,6 +171,25 @@ def check_writable(store: Store) -> None:
         ) from error
 
 
+def _check_save(url: str) -> None:
+    """Check before training what is written after it.
+
+    Raises:
+        ConfigError: `--save` names a place that cannot be written or that is a checkpoint's.
+    """
+    if not url:
+        return
+    directory, name = split_url(url)
+    if not name or is_checkpoint_name(name):
+        raise ConfigError(
+            f"--save {url}: the final model needs a file name of its own, not that of a checkpoint."
+        )
+    try:
+        open_store(directory).check_writable()
+    except OSError as error:
+        raise ConfigError(f"--save {url} cannot be written: {error}. Choose another.") from error
+
+
 def _choose_start(store: Store, config: Config, launch_id: str) -> Start:
     try:
         # A launch that asks for another start is another launch, whatever its id.
@@ -223,7 +244,7 @@ def _check_dataset(plan: Plan, stored: Mapping[str, Any]) -> None:
             f"checkpoint {stored['num_tokens']} ({stored['url']}). Give data of the same kind, or "
             "choose another --checkpoint-dir."
         )
-    if ours["sha256"] == stored["sha256"]:
+    if all(ours[name] == stored[name] for name in ("sha256", "num_samples")):
         return
     difference = (
         f"the data are not those of the checkpoint: {stored['url']} had {stored['num_samples']} "

@@ -23,12 +23,12 @@ from torch.nn.parallel import DistributedDataParallel
 from trm_dist import __version__, events, randomness
 from trm_dist.checkpoint.manager import CheckpointManager
 from trm_dist.checkpoint.names import FINAL
-from trm_dist.checkpoint.publish import position, read_summary
+from trm_dist.checkpoint.publish import is_whole, position, read_summary
 from trm_dist.checkpoint.state import FORMAT_VERSION, digest, sealed
 from trm_dist.checkpoint.store import Store, open_store, split_url
 from trm_dist.elastic.reduction import ShardReduction
 from trm_dist.elastic.world import Group
-from trm_dist.errors import TrainingError
+from trm_dist.errors import ConfigError, TrainingError
 from trm_dist.evaluate import evaluate
 from trm_dist.events import Emit
 from trm_dist.feed import Feed
@@ -269,8 +269,8 @@ class Trainer:
             summary = read_summary(store, FINAL)
             run = self._plan.start.run
             ours = run.branch, self._progress.batch_count
-            if summary and summary["run_id"] == run.run_id and position(summary) == ours:
-                answer = b"1"
+            is_ours = summary and summary["run_id"] == run.run_id and position(summary) == ours
+            answer = b"1" if is_ours and is_whole(store, FINAL) else b""
         return bool(self._group.broadcast(answer))
 
     def _export(self, url: str) -> None:
@@ -284,7 +284,13 @@ class Trainer:
                 "format_version": FORMAT_VERSION,
             }
             directory, name = split_url(url)
-            open_store(directory).put(name, sealed(content))
+            try:
+                open_store(directory).put(name, sealed(content))
+            except OSError as error:
+                raise ConfigError(
+                    f"--save {url} cannot be written: {error}. Training is complete; give the "
+                    "same command with another --save."
+                ) from error
         logger.info("final model written to %s", url)
 
     # -- telling -----------------------------------------------------------------------------------

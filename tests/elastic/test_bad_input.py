@@ -32,6 +32,12 @@ FLAGS = {
     ),
     "unknown flag": (["--dataset", "sudoku4:train", "--epoch", "3"], "--epochs"),
     "object store": (["--dataset", "sudoku4:train", "--checkpoint-dir", "s3://a/b"], "s3://"),
+    "save as a checkpoint": (
+        ["--dataset", "sudoku4:train?count=50", "--save", "x/checkpoint_final.pt"],
+        "name of its own",
+    ),
+    "save nowhere": (["--dataset", "sudoku4:train?count=50", "--save", "/proc/no/m.pt"], "--save"),
+    "save to an object store": (["--dataset", "sudoku4:train", "--save", "s3://b/m.pt"], "s3://"),
     "puzzles": (["--dataset", "sudoku4:train?count=x"], "not a set of puzzles"),
 }
 
@@ -112,6 +118,20 @@ def test_changed_data_are_refused_and_can_be_allowed(
     assert "--allow-dataset-change" in capsys.readouterr().err
     where = ["--checkpoint-dir", str(finished), "--allow-dataset-change"]
     assert main(["check", *where, *other]) == 0
+
+
+def test_other_handling_of_long_records_is_other_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, directory = tmp_path / "a.json", tmp_path / "checkpoints"
+    path.write_text(json.dumps([GOOD] * 8 + [GOOD | {"completion": "a" * 99}] * 8))
+    flags = {"--dataset": str(path), "--eval-dataset": str(path), "--seq-len": "32"}
+    with training(
+        directory, flags=flags | {"--batch-size": "4", "--shards": "2", "--epochs": "1"}
+    ) as run:
+        assert run.end() == 0, run.messages()
+    refused(directory, ["--overlong", "drop", "--epochs", "2"])
+    assert "had 16 samples" in capsys.readouterr().err
 
 
 def test_data_of_another_kind_are_refused(

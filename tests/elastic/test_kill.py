@@ -117,10 +117,12 @@ def test_kills_in_the_middle_of_a_save_change_nothing(
             while not any(each.name.startswith("tmp-") for each in hidden.iterdir()):
                 assert run.process.poll() is None
             kill(writer)
-            hits += 1
+            wait_until_gone([writer])
+            # The next writer, seconds away, removes it: what is left now was torn by the kill.
+            hits += any(each.name.startswith("tmp-") for each in hidden.iterdir())
         assert run.end() == 0, run.messages()
         assert_same_bits([run], undisturbed)
-    assert hits == 5
+    assert hits, "no kill fell inside a save"
 
 
 def test_world_size_may_change_at_every_restart(directory: Path, undisturbed: Undisturbed) -> None:

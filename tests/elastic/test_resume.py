@@ -30,7 +30,7 @@ def test_branch_from_an_older_file_never_rewinds_and_never_takes_the_abandoned_f
     for _ in range(3):
         with training(directory, flags=branch_flags(directory, back)) as run:
             run.wait_for_batches(12)
-            assert run.events("batch")[0]["batch_count"] >= reached, "it rewound"
+            assert run.events("batch")[0]["batch_count"] > reached, "it rewound"
             assert run.events("started")[0]["batch_count"] < 60, "it took the abandoned future"
             reached = run.events("committed")[-1]["batch_count"]
             kill_all(run)

@@ -1,13 +1,16 @@
 """Stops: everything that was finished is saved, and the exit code says what happened."""
 
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.elastic.harness import Undisturbed, kill, training
+from tests.elastic.harness import DEADLINE_S, SMALL, Undisturbed, kill, started, training
 from tests.elastic.test_kill import assert_same_bits
+from trm_dist.cli import main
 
 
 @pytest.mark.parametrize(
@@ -115,3 +118,41 @@ def test_epochs_can_be_raised_and_other_settings_come_from_the_checkpoint(
     with training(directory, base={}, flags={"--epochs": "8"}) as second:
         assert second.end() == 0, second.messages()
         assert_same_bits([first, second], undisturbed)
+
+
+def test_torchrun_as_process_1_trains_as_in_a_container(directory: Path) -> None:
+    alone = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a process 1 of its own needs root")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    flags = [part for pair in SMALL.items() for part in pair]
+    command = [*alone, *torchrun, "-m", "trm_dist", "train", *flags, "--epochs=1"]
+    with started(directory, [*command, "--checkpoint-dir", str(directory)]) as run:
+        assert run.end() == 0, run.messages()
+    assert len(run.events("batch")) == 10
+
+
+def test_last_batch_is_saved_although_nobody_reads_the_messages(directory: Path) -> None:
+    """The shell closes the reader of stderr; training then ends with an error to tell."""
+    flags = SMALL | {"--lr": "1e30", "--warmup-steps": "0", "--checkpoint-dir": str(directory)}
+    train = [sys.executable, "-m", "trm_dist", "train"]
+    train += [part for pair in flags.items() for part in pair]
+    with subprocess.Popen(train, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        process.stderr.close()
+        assert process.wait(DEADLINE_S) == 1
+    assert (directory / "checkpoint_latest.pt").is_file()
+
+
+def test_damaged_final_checkpoint_of_a_finished_run_is_written_again(directory: Path) -> None:
+    flags = {"--epochs": "1"}
+    with training(directory, flags=flags) as run:
+        assert run.end() == 0
+    final = directory / "checkpoint_final.pt"
+    data = bytearray(final.read_bytes())
+    data[len(data) // 2] ^= 1
+    final.unlink()
+    final.write_bytes(data)
+    with training(directory, flags=flags) as again:
+        assert again.end() == 0, again.messages()
+    assert main(["verify", str(directory)]) == 0

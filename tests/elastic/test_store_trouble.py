@@ -12,6 +12,14 @@ from tests.elastic.test_kill import assert_same_bits
 from trm_dist.cli import main
 
 
+def test_deadline_ends_torchrun_and_is_not_retried(small_disk: Path) -> None:
+    flags = {"--checkpoint-interval": "2", "--store-deadline": "1"}
+    with training(small_disk / "c", workers=2, max_restarts=20, flags=flags) as run:
+        assert run.end() != 0
+    assert run.messages().count("no checkpoint could be written") == 1
+    assert len(run.events("started")) == 1
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 300 kB, as one checkpoint of the small training has about 100 kB."""

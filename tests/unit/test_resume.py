@@ -337,7 +337,7 @@ def test_first_start_from_a_file_begins_the_next_branch(store: LocalStore) -> No
     start = choose(store, "launch-2", resume=path)
 
     origin = verify_seal(store.read(epoch_name(1, 2))).digest
-    assert start.run == first.run.next_branch(origin, "launch-2")
+    assert start.run == first.run.next_branch(origin, start.run.origin_url, "launch-2")
     assert (start.source, place(start)) == (path, (1, 2))
 
 
@@ -749,3 +749,28 @@ def test_flip_that_makes_the_only_file_another_runs_is_no_fresh_start(store: Loc
 
     with pytest.raises(ResumeError, match="none of them is valid"):
         choose(store)
+
+
+def test_restored_files_of_another_run_are_not_started_over(store: LocalStore) -> None:
+    train(store, "launch-1", 10)
+    write_run(store, RUN)
+
+    with pytest.raises(ResumeError, match="another run"):
+        choose(store)
+
+
+@pytest.mark.parametrize("has_record", [True, False])
+def test_same_command_goes_on_in_its_branch_after_its_path_was_cleaned_up(
+    store: LocalStore, has_record: bool
+) -> None:
+    train(store, "launch-1", 10, 20, 30)
+    path = path_of(store, epoch_name(1, 10))
+    train(store, "launch-2", 11, 12, resume=path)
+    for name in (epoch_name(1, count) for count in (10, 11, 20, 30)):
+        store.delete(name)
+    if not has_record:
+        store.delete(RECORD)
+
+    assert place(choose(store, "launch-3", resume=path)) == (2, 12)
+    with pytest.raises(ResumeError, match="no such file"):
+        choose(store, "launch-3", resume=path_of(store, epoch_name(1, 20)))

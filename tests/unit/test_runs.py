@@ -31,9 +31,9 @@ def test_fresh_runs_have_ids_of_their_own() -> None:
 
 
 def test_next_branch_remembers_origin_and_launch() -> None:
-    run = RUN.next_branch("digest", "launch-7")
+    run = RUN.next_branch("digest", "where", "launch-7")
 
-    assert run == replace(RUN, branch=2, origin="digest", launch_id="launch-7")
+    assert run == replace(RUN, branch=2, origin="digest", origin_url="where", launch_id="launch-7")
 
 
 def test_summary_is_what_rebuilds_the_record() -> None:
@@ -74,9 +74,9 @@ def test_record_is_renewed_for_another_branch() -> None:
     store = MemoryStore()
     write_run(store, RUN)
 
-    write_run(store, RUN.next_branch("digest", "launch-2"))
+    write_run(store, RUN.next_branch("digest", "where", "launch-2"))
 
-    assert read_run(store) == RUN.next_branch("digest", "launch-2")
+    assert read_run(store) == RUN.next_branch("digest", "where", "launch-2")
 
 
 @pytest.mark.parametrize(

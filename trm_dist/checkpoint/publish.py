@@ -73,6 +73,15 @@ def read_tail(store: Store, name: str, size_bytes: int | None = None) -> Seal:
     return found
 
 
+def is_whole(store: Store, name: str) -> bool:
+    """Read a file and verify every byte of it; one that is gone is not whole."""
+    try:
+        verify_seal(store.read(name))
+    except (CorruptCheckpointError, FileNotFoundError):
+        return False
+    return True
+
+
 def position(summary: dict[str, Any]) -> tuple[int, int]:
     """Return where a state stands in its run: (branch, batch_count)."""
     return int(summary["branch"]), int(summary["batch_count"])
@@ -83,11 +92,7 @@ def _is_behind_latest(store: Store, ours: dict[str, Any]) -> bool:
     theirs = read_summary(store, LATEST)
     if theirs is None or theirs["run_id"] != ours["run_id"] or position(ours) >= position(theirs):
         return False
-    try:
-        verify_seal(store.read(LATEST))
-    except (CorruptCheckpointError, FileNotFoundError):
-        return False
-    return True
+    return is_whole(store, LATEST)
 
 
 def _put_or_copy(store: Store, data: bytes | memoryview, name: str, names: list[str]) -> None:

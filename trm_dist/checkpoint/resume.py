@@ -3,11 +3,12 @@
 import logging
 import os
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any
 
 from trm_dist.checkpoint.names import FINAL, LATEST, is_checkpoint_name
-from trm_dist.checkpoint.publish import position, read_tail
-from trm_dist.checkpoint.runs import Run, read_run
+from trm_dist.checkpoint.publish import is_whole, position, read_tail
+from trm_dist.checkpoint.runs import RECORD, Run, read_run
 from trm_dist.checkpoint.seal import Seal, verify_seal
 from trm_dist.checkpoint.state import from_bytes
 from trm_dist.checkpoint.store import Store, open_store, split_url
@@ -111,11 +112,17 @@ def _branch(
     newest = _newest(store, run, found) if is_restart else None
     if newest is not None:
         return newest
+    where = _location(config.resume)
+    is_known = run is not None and run.origin_url == where and not config.overwrite
+    if is_known and not _exists(config.resume):  # cleaned up since; the branch lives on
+        newest = _newest(store, run, found)
+        if newest is not None:
+            return newest
     origin = _read_origin(config.resume)
     if run is not None and run.origin == origin.seal.digest and not config.overwrite:
         newest = _newest(store, run, found)
         return newest or Start(run, config.resume, origin.data, origin.state)
-    begun = (run or Run.fresh(launch_id)).next_branch(origin.seal.digest, launch_id)
+    begun = (run or Run.fresh(launch_id)).next_branch(origin.seal.digest, where, launch_id)
     return Start(begun, config.resume, origin.data, origin.state)
 
 
@@ -175,7 +182,7 @@ def _refuse_if_lost(store: Store, run: Run | None, found: list[Found]) -> None:
         ResumeError: There are files of this run and none is valid, or a branch has lost its origin.
     """
     # Verified whole: a flipped bit in a seal can make a file look like that of another run.
-    damaged = [each.name for each in found if not _is_whole(store, each.name)]
+    damaged = [each.name for each in found if not is_whole(store, each.name)]
     damaged += [each.name for each in _by_age(run, found)] if run else []
     damaged = sorted(set(damaged))
     if damaged:
@@ -189,16 +196,12 @@ def _refuse_if_lost(store: Store, run: Run | None, found: list[Found]) -> None:
             f"{store.url}: branch {run.branch} of the run has no checkpoint yet, and the one it "
             "begins from is not here any more. Name it with --resume PATH."
         )
-
-
-def _is_whole(store: Store, name: str) -> bool:
-    try:
-        verify_seal(store.read(name))
-    except CorruptCheckpointError:
-        return False
-    except FileNotFoundError:  # removed by hand while we look
-        return True
-    return True
+    if found:
+        raise ResumeError(
+            f"{store.url} holds checkpoints of another run than its {RECORD} names, and a fresh "
+            "start would overwrite them. To go on with them remove that file; to start over use "
+            "--resume never --overwrite."
+        )
 
 
 def _by_age(run: Run, found: list[Found]) -> list[Found]:
@@ -215,6 +218,18 @@ def _by_age(run: Run, found: list[Found]) -> list[Found]:
             origins.append(each)
     placed.sort(key=lambda item: item[:2], reverse=True)
     return [each for *_, each in placed] + origins
+
+
+def _location(url: str) -> str:
+    """Name a file alike however its path is spelled; short, as it goes into every seal."""
+    directory, name = split_url(url)
+    path = os.path.join(os.path.realpath(open_store(directory).url), name)
+    return blake2b(path.encode(), digest_size=8).hexdigest()
+
+
+def _exists(url: str) -> bool:
+    directory, name = split_url(url)
+    return os.path.lexists(os.path.join(open_store(directory).url, name))
 
 
 def _is_latest_of(resume: str, directory: str) -> bool:

@@ -30,6 +30,8 @@ class Run:
     """Seconds since the epoch."""
     launch_id: str
     """The launch that began this branch; its restarted workers continue it."""
+    origin_url: str = ""
+    """Names where `origin` lay; the branch goes on when that file has been cleaned up."""
 
     @classmethod
     def fresh(cls, launch_id: str) -> Self:
@@ -43,12 +45,24 @@ class Run:
         if newest is None:
             return None
         created_at = float(newest["created_at"])
-        launch_id = newest.get("launch_id", "")
-        return cls(newest["run_id"], newest["branch"], newest["origin"], created_at, launch_id)
+        return cls(
+            newest["run_id"],
+            newest["branch"],
+            newest["origin"],
+            created_at,
+            newest.get("launch_id", ""),
+            newest.get("origin_url", ""),
+        )
 
-    def next_branch(self, origin: str, launch_id: str) -> Self:
-        """Begin the next branch from the checkpoint with this digest."""
-        return replace(self, branch=self.branch + 1, origin=origin, launch_id=launch_id)
+    def next_branch(self, origin: str, origin_url: str, launch_id: str) -> Self:
+        """Begin the next branch from the checkpoint with this digest at this place."""
+        return replace(
+            self,
+            branch=self.branch + 1,
+            origin=origin,
+            origin_url=origin_url,
+            launch_id=launch_id,
+        )
 
     def summary(self) -> dict[str, Any]:
         """Return what every checkpoint of the run says of it."""

@@ -42,7 +42,7 @@ def summarize(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the seal says of a content with counters and a run."""
     return {name: content[name] for name in (*COUNTERS, "format_version")} | {
         name: content["run"][name]
-        for name in ("run_id", "branch", "origin", "created_at", "launch_id")
+        for name in ("run_id", "branch", "origin", "created_at", "launch_id", "origin_url")
     }
 
 
