@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test test-unit test-elastic soak lint type layers check
+.PHONY: setup train test test-unit test-elastic test-s3 soak bench-saving lint type layers check
 
 setup: $(READY)
 
@@ -28,6 +28,21 @@ test-unit: $(READY)
 
 test-elastic: $(READY)
 	$(BIN)/python -m pytest tests/elastic -m 'not soak'
+
+test-s3: $(READY)
+	$(BIN)/python -m pytest tests/s3
+
+# What saving costs training, beside torch.save, DCP and Lightning. Nothing else may compute.
+bench-saving: .venv-bench/.ready
+	.venv-bench/bin/python -m tests.benchmarks.saving stop
+	.venv-bench/bin/python -m tests.benchmarks.saving throughput
+	.venv-bench/bin/torchrun --nproc_per_node=2 -m tests.benchmarks.saving throughput
+
+.venv-bench/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    -e '.[dev]' lightning==2.6.6
+	touch .venv-bench/.ready
 
 # Fifty finished runs, and the other tests that take long.
 soak: $(READY)

@@ -4,12 +4,15 @@ import errno
 import io
 import os
 import zipfile
-from collections.abc import Container
+from collections.abc import Callable, Container, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from trm_dist.checkpoint.memory import Slots
 from trm_dist.checkpoint.runs import Run
 from trm_dist.checkpoint.seal import seal
-from trm_dist.checkpoint.store import Entry
+from trm_dist.checkpoint.store import Entry, Guard, unguarded
+from trm_dist.checkpoint.writer import Writer
 
 RUN = Run(run_id="run-1", branch=1, origin="", created_at=1000.0, launch_id="launch-1")
 
@@ -18,7 +21,7 @@ class MemoryStore:
     """A store in a dict, which remembers what it was asked to change."""
 
     def __init__(self, url: str = "memory://checkpoints") -> None:
-        self.url = url
+        self.url = self.identity = url
         self.files: dict[str, bytes] = {}
         self.calls: list[str] = []
         """Such as "put checkpoint_latest.pt"."""
@@ -30,26 +33,34 @@ class MemoryStore:
         data = self._existing(name)[start:]
         return data if num_bytes is None else data[:num_bytes]
 
-    def put(self, name: str, data: bytes | memoryview) -> None:
+    def put(
+        self, name: str, pieces: Sequence[bytes | memoryview], guard: Guard = unguarded
+    ) -> None:
+        guard()
         self.calls.append(f"put {name}")
-        self.files[name] = bytes(data)
+        self.files[name] = b"".join(pieces)
 
     def put_if(self, name: str, data: bytes, expected: bytes | None) -> bool:
         if self.files.get(name) != expected:
             return False
-        self.put(name, data)
+        self.put(name, [data])
         return True
 
-    def copy(self, source: str, target: str) -> None:
+    def copy(self, source: str, target: str, guard: Guard = unguarded) -> None:
+        content = self._existing(source)
+        guard()
         self.calls.append(f"copy {source} {target}")
-        self.files[target] = self._existing(source)
+        self.files[target] = content
 
     def delete(self, name: str) -> None:
         self.calls.append(f"delete {name}")
         self.files.pop(name, None)
 
-    def claim(self, wait_s: float) -> bool:
-        return True
+    def leftovers(self) -> list[str]:
+        return []
+
+    def remove_leftovers(self) -> None:
+        pass
 
     def check_writable(self) -> None:
         pass
@@ -72,19 +83,68 @@ class FailingStore(MemoryStore):
         self.num_failures = 0
         self._num_writes = 0
 
-    def put(self, name: str, data: bytes | memoryview) -> None:
+    def put(
+        self, name: str, pieces: Sequence[bytes | memoryview], guard: Guard = unguarded
+    ) -> None:
         self._fail_if_it_is_time()
-        super().put(name, data)
+        super().put(name, pieces, guard)
 
-    def copy(self, source: str, target: str) -> None:
+    def copy(self, source: str, target: str, guard: Guard = unguarded) -> None:
         self._fail_if_it_is_time()
-        super().copy(source, target)
+        super().copy(source, target, guard)
 
     def _fail_if_it_is_time(self) -> None:
         self._num_writes += 1
         if self._num_writes in self.fail_at:
             self.num_failures += 1
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class InlinePersister:
+    """Publishes in this process, at once, and again whenever it is asked for events in time."""
+
+    def __init__(self, writer: Writer, slots: Slots, clock: Callable[[], float]) -> None:
+        self._writer, self._slots, self._clock = writer, slots, clock
+        self._events: list[dict[str, Any]] = []
+        self._jobs: list[tuple[int, int, list[str]]] = []
+        self._retry_at_s = 0.0
+        self.asked: list[tuple[int, int, list[str], bool]] = []
+        self.is_closed = False
+        self.is_hung = False
+        """While set, nothing is published and nothing is told."""
+
+    def publish(
+        self, slot: int, sequence: int, names: list[str], *, is_urgent: bool = False
+    ) -> None:
+        self.asked.append((slot, sequence, names, is_urgent))
+        self._jobs.append((slot, sequence, names))
+        self._work()
+
+    def events(self, wait_s: float = 0.0) -> list[dict[str, Any]]:
+        if not self._events and self._clock() >= self._retry_at_s:
+            self._work()
+        found, self._events = self._events, []
+        return found
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def _work(self) -> None:
+        while self._jobs and not self.is_hung:
+            slot, sequence, names = self._jobs[0]
+            held = self._slots.read(slot)
+            assert held is not None, "a slot that is published stays whole"
+            assert held.sequence == sequence, "and is not written again"
+            job = {"slot": slot, "sequence": sequence}
+            try:
+                commit = self._writer.commit(held, names)
+            except OSError as error:
+                self._retry_at_s = self._clock() + 1
+                told = {"error": str(error), "num_failures": 1, "retry_in_s": 1.0}
+                self._events.append(job | {"is": "failed"} | told)
+                return
+            self._jobs.pop(0)
+            self._events.append(job | {"is": "committed"} | asdict(commit))
 
 
 class FakeClock:
@@ -104,7 +164,8 @@ class FakeClock:
 
 def make_summary(batch_count: int = 1, run: Run = RUN) -> dict[str, Any]:
     """Return what the seal of a checkpoint says."""
-    return run.summary() | _counters(batch_count)
+    told = {name: value for name, value in run.summary().items() if name != "generation"}
+    return told | _counters(batch_count)
 
 
 def small_archive(summary: dict[str, Any], content: bytes = b"") -> bytes:
@@ -112,7 +173,7 @@ def small_archive(summary: dict[str, Any], content: bytes = b"") -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("content", content or repr(summary).encode())
-    return bytes(seal(stream, summary))
+    return b"".join(seal([stream.getvalue()], summary))
 
 
 def make_state(batch_count: int = 1, run: Run = RUN, **changes: Any) -> dict[str, Any]:
@@ -149,9 +210,30 @@ def make_state(batch_count: int = 1, run: Run = RUN, **changes: Any) -> dict[str
 
 def make_bytes(batch_count: int = 1, run: Run = RUN, **changes: Any) -> bytes:
     """Return a sealed checkpoint of `make_state`."""
-    from trm_dist.checkpoint.state import to_bytes
+    return to_bytes(make_state(batch_count, run, **changes))[0]
 
-    return bytes(to_bytes(make_state(batch_count, run, **changes))[0])
+
+def to_bytes(
+    state: dict[str, Any], summary: dict[str, Any] | None = None
+) -> tuple[bytes, dict[str, Any]]:
+    """Return a state as a sealed checkpoint, and the summary in its seal."""
+    from trm_dist.checkpoint.archive import encode
+    from trm_dist.checkpoint.snapshot import Flat
+
+    flat = Flat(state)
+    buffer = memoryview(bytearray(flat.num_bytes))
+    flat.copy_to(buffer)
+    pieces, summary = encode(flat.header, buffer, summary)
+    return b"".join(pieces), summary
+
+
+def torch_saved(content: Any, summary: dict[str, Any]) -> bytes:
+    """Return anything as torch.save writes it, sealed."""
+    import torch
+
+    stream = io.BytesIO()
+    torch.save(content, stream)
+    return b"".join(seal([stream.getvalue()], summary))
 
 
 def _counters(batch_count: int) -> dict[str, int]:

@@ -64,6 +64,7 @@ def _dispatch(arguments: list[str], defaults: Config, *, is_speaker: bool) -> in
         "ls": lambda rest: _look("ls", rest, is_speaker),
         "inspect": lambda rest: _look("inspect", rest, is_speaker),
         "verify": lambda rest: _look("verify", rest, is_speaker),
+        "prune": lambda rest: _look("prune", rest, is_speaker),
     }
     if not arguments or arguments[0] in {"-h", "--help"}:
         say(f"usage: trm_dist {{{','.join(commands)}}} ...; each has --help")
@@ -131,23 +132,21 @@ def _train(config: Config, given: frozenset[str]) -> int:
 def _look(command: str, arguments: list[str], is_speaker: bool) -> int:
     from trm_dist import inspection
 
-    if command == "ls":
-        kind = inspection.ListArguments
-        return inspection.list_checkpoints(_parse(command, kind, arguments, is_speaker))
-    if command == "inspect":
-        what = _parse(command, inspection.InspectArguments, arguments, is_speaker)
-        return inspection.inspect_checkpoint(what)
-    which = _parse(command, inspection.VerifyArguments, arguments, is_speaker)
-    return inspection.verify_checkpoints(which)
+    kind, run = inspection.COMMANDS[command]
+    return run(_parse(command, kind, arguments, is_speaker))
 
 
 def _check(config: Config, given: frozenset[str]) -> int:
+    from trm_dist.checkpoint.memory import SnapshotDir
+    from trm_dist.checkpoint.resume import remembered
     from trm_dist.checkpoint.store import open_store
     from trm_dist.elastic.world import launch_id
     from trm_dist.plan import check_space, check_writable, estimate, make_plan
 
-    plan = make_plan(config, given, launch_id(os.environ))
-    store = open_store(plan.config.checkpoint.checkpoint_dir)
+    checkpoint = config.checkpoint
+    store = open_store(checkpoint.checkpoint_dir)
+    memory = SnapshotDir(checkpoint.snapshot_dir, store.identity)
+    plan = make_plan(config, given, launch_id(os.environ), remembered(memory.held()))
     check_writable(store)
     check_space(plan, store)
     sizes = estimate(plan)
@@ -160,6 +159,11 @@ def _check(config: Config, given: frozenset[str]) -> int:
         f"model: {sizes['parameters']:,} parameters; a checkpoint has about "
         f"{sizes['checkpoint_bytes'] / 2**20:.1f} MiB, all that is kept "
         f"{sizes['kept_bytes'] / 2**20:.1f} MiB"
+    )
+    say(
+        f"memory: {checkpoint.snapshot_slots} snapshots of {sizes['checkpoint_bytes'] / 2**20:.1f} "
+        f"MiB a node in {checkpoint.snapshot_dir}, which has {memory.free_bytes() / 2**20:.1f} MiB "
+        "free"
     )
     say(f"start: {plan.start.source or 'fresh'}")
     say("all checks passed")

@@ -134,6 +134,14 @@ class CheckpointConfig:
     """Keep also each checkpoint whose batch count is a multiple of this; 0: none."""
     store_deadline: float = 1800.0
     """Seconds without a commit, while commits fail, after which training stops."""
+    snapshot_every: int | Literal["auto"] = 1
+    """Batches between memory snapshots; auto: as many as keep their cost under 1 %."""
+    snapshot_slots: int = 3
+    """Memory snapshots a node has room for; 0: none that outlive the workers."""
+    snapshot_dir: str = "/dev/shm"  # noqa: S108 its files are private to the user
+    """Directory of a memory file system for them."""
+    grace_period: float = 25.0
+    """Seconds that a stop may take to save the newest state; torchrun kills after 30."""
     save: str = ""
     """File for the final model (averaged weights and configuration); empty: none."""
     resume: str = "auto"
@@ -146,8 +154,14 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         _require(self, "checkpoint_dir", bool, "must not be empty")
         _require(self, "checkpoint_interval", lambda value: value >= 1, "must be at least 1")
-        for name in ("latest_every_s", "keep_last", "keep_every", "store_deadline"):
+        for name in (
+            "latest_every_s", "keep_last", "keep_every", "store_deadline", "grace_period",
+        ):  # fmt: skip
             _require(self, name, _is_size, "must not be negative")
+        _require(self, "snapshot_every", lambda value: value == "auto" or value >= 1,
+                 "must be at least 1, or auto")  # fmt: skip
+        _require(self, "snapshot_slots", lambda value: value == 0 or 2 <= value <= 16,
+                 "must be 0, or 2 to 16")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,7 +208,10 @@ class Config:
         return replace(self, **changed)
 
 
-PER_START = frozenset({"checkpoint_dir", "resume", "overwrite", "allow_dataset_change"})
+PER_START = frozenset({
+    "checkpoint_dir", "resume", "overwrite", "allow_dataset_change", "snapshot_dir",
+    "snapshot_slots", "grace_period",
+})  # fmt: skip
 """Settings that speak of one start and are not taken from a checkpoint."""
 
 IDENTITY = frozenset({each.name for each in fields(ModelConfig)} | {"batch_size", "shards", "seed"})

@@ -7,6 +7,7 @@ TrmDistError
 |   `-- ResumeError       there is no state to go on from, or it does not match the flags
 |-- CorruptCheckpointError     bytes are not the checkpoint they claim to be; an older one is tried
 |-- StoreError            no commit for longer than --store-deadline; exit code 1
+|-- FencedError           another writer has taken over the run; exit code 1
 `-- TrainingError         training itself failed, such as a loss that is not finite; exit code 1
 """
 
@@ -41,6 +42,10 @@ class CorruptCheckpointError(TrmDistError, ValueError):
 
 class StoreError(TrmDistError, OSError):
     """The store took no commit for longer than `--store-deadline`."""
+
+
+class FencedError(TrmDistError, RuntimeError):
+    """Another writer has taken over the run; a restart would only fight with it."""
 
 
 class TrainingError(TrmDistError, RuntimeError):

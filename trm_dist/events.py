@@ -77,6 +77,9 @@ class Committed(Event):
     names: list[str]
     num_bytes: int
     seconds: float
+    """Of the publishing, beside which training goes on."""
+    waited_s: float
+    """How long training stood still for the one before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,16 +3,19 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import tyro
 
+from trm_dist.checkpoint.catalog import find_checkpoints, position, read_summary
 from trm_dist.checkpoint.names import LATEST, is_checkpoint_name, parse_epoch_name
-from trm_dist.checkpoint.publish import position, read_summary
+from trm_dist.checkpoint.runs import Run, read_run
 from trm_dist.checkpoint.state import digest, find_damage, from_bytes
 from trm_dist.checkpoint.store import Store, open_store, split_url
+from trm_dist.checkpoint.writer import prunable
 from trm_dist.errors import EXIT_GAVE_UP, CorruptCheckpointError, UserError
 from trm_dist.logs import say, tell
 from trm_dist.progress import COUNTERS
@@ -127,6 +130,85 @@ def verify_checkpoints(arguments: VerifyArguments) -> int:
     return EXIT_GAVE_UP if any(damage.values()) else 0
 
 
+@dataclass(frozen=True, slots=True)
+class PruneArguments:
+    """Remove checkpoints of the current branch that are no longer needed.
+
+    checkpoint_latest.pt, checkpoint_final.pt and the newest good ones always stay.
+    """
+
+    path: tyro.conf.Positional[str] = "checkpoints"
+    """Directory of checkpoints."""
+    keep_last: int = 0
+    """Newest checkpoints with a name of their own to keep; 0: all."""
+    keep_every: int = 0
+    """Keep also each checkpoint whose batch count is a multiple of this; 0: none."""
+    multipart: bool = False
+    """Remove unfinished uploads that writers which died have left. Not while a run is writing."""
+    dry_run: bool = False
+    """Only tell what would be removed."""
+    json: bool = False
+    """Print one JSON document and nothing else."""
+
+
+def prune_checkpoints(arguments: PruneArguments) -> int:
+    """Remove what may go, and say what it was."""
+    if arguments.keep_last < 0 or arguments.keep_every < 0:
+        raise UserError("--keep-last and --keep-every must not be negative.")
+    if not arguments.keep_last and not arguments.multipart:
+        raise UserError(
+            "prune: say what may go: --keep-last N (all but the newest N), --multipart, or both."
+        )
+    store = open_store(arguments.path)
+    try:
+        removed = _prune(store, arguments)
+        uploads = _abort_uploads(store, arguments) if arguments.multipart else []
+    except OSError as error:
+        raise UserError(f"{arguments.path} cannot be pruned: {error}. Check the path.") from error
+    if arguments.json:
+        say(json.dumps({"removed": removed, "uploads": uploads, "dry_run": arguments.dry_run}))
+        return 0
+    verb = "would remove" if arguments.dry_run else "removed"
+    for name in [*removed, *(f"unfinished write of {each}" for each in uploads)]:
+        say(f"{verb} {name}")
+    if not removed and not uploads:
+        say("nothing to remove")
+    return 0
+
+
+def _prune(store: Store, arguments: PruneArguments) -> list[str]:
+    if not arguments.keep_last:
+        return []
+    run = read_run(store) or Run.rebuilt(
+        each.seal.summary for each in find_checkpoints(store) if each.seal
+    )
+    if run is None:
+        raise UserError(f"{store.url} holds no checkpoint. Check the path.")
+    names = prunable(
+        store, run, keep_last=arguments.keep_last, keep_every=arguments.keep_every, known_good=set()
+    )
+    for name in names:
+        if not arguments.dry_run:
+            store.delete(name)
+    return names
+
+
+def _abort_uploads(store: Store, arguments: PruneArguments) -> list[str]:
+    names = store.leftovers()
+    if not arguments.dry_run:
+        store.remove_leftovers()
+    return names
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
+    "ls": (ListArguments, list_checkpoints),
+    "inspect": (InspectArguments, inspect_checkpoint),
+    "verify": (VerifyArguments, verify_checkpoints),
+    "prune": (PruneArguments, prune_checkpoints),
+}
+"""Arguments and function of each command."""
+
+
 def _checkpoints_at(path: str) -> tuple[Store, list[str]]:
     """Return the store and the names meant by a directory or a file, oldest first.
 
@@ -134,12 +216,14 @@ def _checkpoints_at(path: str) -> tuple[Store, list[str]]:
         UserError: There is no checkpoint there.
     """
     directory, own_name = split_url(path)
-    is_file = os.path.isfile(open_store(path).url)
+    is_file = own_name.endswith(".pt") or os.path.isfile(path)
     store = open_store(directory if is_file else path)
     try:
         names = [entry.name for entry in store.entries()]
-    except OSError:
+    except NotADirectoryError:
         names = []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}. Check the path.") from error
     names = [
         name for name in names if name == own_name or (is_checkpoint_name(name) and not is_file)
     ]

@@ -14,9 +14,8 @@ from typing import Any, Self
 import torch
 
 from trm_dist.checkpoint.names import is_checkpoint_name
-from trm_dist.checkpoint.resume import Start, choose_start
+from trm_dist.checkpoint.resume import Remembered, Start, choose_start
 from trm_dist.checkpoint.runs import Run
-from trm_dist.checkpoint.state import from_bytes
 from trm_dist.checkpoint.store import Store, open_store, split_url
 from trm_dist.config import Config, Settings, check_heads, derived_sizes, resolve
 from trm_dist.data.dataset import Dataset, open_dataset
@@ -55,24 +54,39 @@ class Plan:
         """Batches of the whole run."""
         return self.batches_per_epoch * self.config.train.epochs
 
+    def as_run(self, run: Run) -> Self:
+        """Return the plan of the run that was claimed for it."""
+        return replace(self, start=replace(self.start, run=run))
+
     def without_state(self) -> Self:
-        """Return the plan without the checkpoint's bytes and tensors, once they are taken over."""
-        return replace(self, start=replace(self.start, data=b"", state=None))
+        """Return the plan without the state, once it is taken over."""
+        return replace(self, start=replace(self.start, state=None))
 
 
-def make_plan(config: Config, given: Iterable[str], launch_id: str) -> Plan:
+def make_plan(
+    config: Config, given: Iterable[str], launch_id: str, memory: Iterable[Remembered] = ()
+) -> Plan:
     """Make the writer's plan; nothing is written.
 
     Args:
         config: What the command line said, defaults included.
         given: Names of the settings that were really given.
         launch_id: Names this launch over the restarts of its workers.
+        memory: Snapshots that dead workers have left on this node.
 
     Raises:
         UserError: Something must be changed first; one message says what.
     """
     store = open_store(config.checkpoint.checkpoint_dir)
-    start = _choose_start(store, config, launch_id)
+    return plan_from(_choose_start(store, config, launch_id, memory), config, given)
+
+
+def plan_from(start: Start, config: Config, given: Iterable[str]) -> Plan:
+    """Make the plan that goes on from a start.
+
+    Raises:
+        UserError: Something must be changed first; one message says what.
+    """
     settings = resolve(config, given, start.state["config"] if start.state else None)
     _check_save(settings.config.checkpoint.save)
     plan = _with_data(settings, start)
@@ -83,7 +97,7 @@ def make_plan(config: Config, given: Iterable[str], launch_id: str) -> Plan:
 
 
 def to_message(plan: Plan) -> bytes:
-    """Return what the other workers need of the writer's plan, besides the checkpoint itself."""
+    """Return what the other workers need of the writer's plan, besides the state."""
     message = {
         "values": plan.config.flat(),
         "origins": dict(plan.settings.origins),
@@ -94,20 +108,19 @@ def to_message(plan: Plan) -> bytes:
     return json.dumps(message).encode()
 
 
-def from_message(message: bytes, data: bytes) -> Plan:
+def from_message(message: bytes, state: dict[str, Any] | None) -> Plan:
     """Make the plan that the writer sent.
 
     Args:
         message: From `to_message`.
-        data: The checkpoint to go on from; empty on a fresh start.
+        state: To go on from; None on a fresh start.
 
     Raises:
         DataError: This node's data are not the writer's.
     """
     sent: dict[str, Any] = json.loads(message)
     settings = Settings(Config().with_values(sent["values"]), sent["origins"])
-    state = from_bytes(data) if data else None
-    plan = _with_data(settings, Start(Run(**sent["run"]), sent["source"], data, state))
+    plan = _with_data(settings, Start(Run(**sent["run"]), sent["source"], state))
     for each, expected in zip(_datasets(plan), sent["sha256"], strict=True):
         if each.sha256 != expected:
             raise DataError(
@@ -190,11 +203,13 @@ def _check_save(url: str) -> None:
         raise ConfigError(f"--save {url} cannot be written: {error}. Choose another.") from error
 
 
-def _choose_start(store: Store, config: Config, launch_id: str) -> Start:
+def _choose_start(
+    store: Store, config: Config, launch_id: str, memory: Iterable[Remembered]
+) -> Start:
     try:
         # A launch that asks for another start is another launch, whatever its id.
         asked = blake2b(config.checkpoint.resume.encode(), digest_size=4).hexdigest()
-        return choose_start(store, config.checkpoint, f"{launch_id} {asked}")
+        return choose_start(store, config.checkpoint, f"{launch_id} {asked}", memory)
     except OSError as error:
         raise ResumeError(
             f"--checkpoint-dir {store.url} cannot be read: {error}. Mend that or choose another."

@@ -12,7 +12,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from trm_dist import __version__, events, randomness
+from trm_dist.checkpoint.cadence import Cadence
+from trm_dist.checkpoint.catalog import is_whole, position, read_summary
 from trm_dist.checkpoint.manager import CheckpointManager
 from trm_dist.checkpoint.names import FINAL
-from trm_dist.checkpoint.publish import is_whole, position, read_summary
 from trm_dist.checkpoint.state import FORMAT_VERSION, digest, sealed
-from trm_dist.checkpoint.store import Store, open_store, split_url
+from trm_dist.checkpoint.store import open_store, split_url
 from trm_dist.elastic.reduction import ShardReduction
 from trm_dist.elastic.world import Group
 from trm_dist.errors import ConfigError, TrainingError
@@ -50,23 +51,31 @@ def pin_numerics(threads: int) -> None:
     torch.use_deterministic_algorithms(True)
 
 
+class Keeper(Protocol):
+    """Who takes snapshots: the manager, or the bare slots of a node that does not write."""
+
+    def capture(self, tree: dict[str, Any]) -> None:
+        """Copy the state of a batch boundary; it may change once this returns."""
+        ...
+
+
 class Trainer:
     """One start of a run, in one worker."""
 
-    def __init__(
-        self, plan: Plan, group: Group, manager: CheckpointManager | None, emit: Emit
-    ) -> None:
+    def __init__(self, plan: Plan, group: Group, emit: Emit) -> None:
         """Build the parts and take the state of the checkpoint, if there is one.
 
         Args:
             plan: The same on all workers.
             group: The formed process group.
-            manager: In the writer only.
             emit: Hears the events.
         """
         config = plan.config
         self._plan, self._config = plan.without_state(), config
-        self._group, self._manager, self._emit = group, manager, emit
+        self._group, self._emit = group, emit
+        self._manager: CheckpointManager | None = None
+        self._keeper: Keeper | None = None
+        self._cadence = Cadence(config.checkpoint.snapshot_every)
         module = Trm(plan.shape, seed=config.data.seed)
         self._task = Supervision(
             module,
@@ -102,21 +111,44 @@ class Trainer:
             )
         self._ddp.register_comm_hook(None, self._reduction.hook)
 
-    def run(self) -> None:
-        """Train to the end, evaluate, and leave the final checkpoint."""
+    def run(self, keeper: Keeper | None, manager: CheckpointManager | None) -> None:
+        """Train to the end, evaluate, and leave the final checkpoint.
+
+        Args:
+            keeper: Takes the snapshots; in one worker of each node.
+            manager: In the writer only, where it is the keeper too.
+        """
+        self._keeper, self._manager = keeper, manager
         started_s, first = time.monotonic(), self._progress
         self._tell_start()
-        self._capture()
+        if keeper:
+            keeper.capture(self.state())
+        if manager and self._plan.start.is_unnamed:  # killed between its capture and its publish
+            manager.save_if_due()
         while not self._is_finished():
             batch = self._train_batch()
-            self._capture()
-            self._emit(batch)  # a batch that was told of is in the snapshot
-            if self._manager:
-                self._manager.save_if_due()
+            is_kept = self._keep(batch.seconds)
+            self._emit(batch)  # with a snapshot after each, a batch that was told of is in one
+            if manager and is_kept:
+                manager.save_if_due()
             interval = self._config.train.eval_interval
             if interval and self._progress.batch_count % interval == 0:
                 self._evaluate()
         self._finish(first, time.monotonic() - started_s)
+
+    def _keep(self, batch_s: float) -> bool:
+        """Capture this boundary if it is due."""
+        count = self._progress.batch_count
+        is_due = (
+            self._cadence.is_due(count)
+            or count % self._config.checkpoint.checkpoint_interval == 0
+            or self._is_finished()
+        )
+        if self._keeper and is_due:
+            started_s = time.monotonic()
+            self._keeper.capture(self.state())
+            self._cadence.measure(copy_s=time.monotonic() - started_s, batch_s=batch_s)
+        return is_due
 
     def _is_finished(self) -> bool:
         return self._progress.is_finished(
@@ -199,7 +231,7 @@ class Trainer:
 
     # -- state -------------------------------------------------------------------------------------
 
-    def _state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """Return the live state under a checkpoint's keys."""
         config, world, step = self._config, self._group.world, self._progress.global_step
         return self._progress.as_dict() | {
@@ -220,7 +252,6 @@ class Trainer:
                 "shards": config.data.shards,
             },
             "run": self._plan.start.run.summary() | {
-                "generation": 1,
                 "torch": torch.__version__,
                 "trm_dist": __version__,
                 "environment": environment(config),
@@ -234,17 +265,12 @@ class Trainer:
         self._ema.load_state_dict(state["ema_state_dict"])
         self._progress = Progress(**{name: state[name] for name in COUNTERS})
 
-    def _capture(self) -> None:
-        if self._manager:
-            self._manager.capture(self._state())
-
     def _finish(self, first: Progress, seconds: float) -> None:
-        store = open_store(self._config.checkpoint.checkpoint_dir)
-        if self._has_final(store):
+        if self._has_final():
             logger.info("already at its total of %d epochs", self._config.train.epochs)
         else:
             if self._manager:
-                self._manager.save_newest()  # the evaluation may take long
+                self._manager.save_soon()  # the evaluation may take long
             self._evaluate()
             if self._manager:
                 self._manager.save_final()
@@ -254,7 +280,7 @@ class Trainer:
         self._emit(
             events.Finished(
                 progress=self._progress,
-                digest=digest(self._state()),
+                digest=digest(self.state()),
                 seconds=seconds,
                 samples_per_s=num_samples / seconds if seconds else 0.0,
                 peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -262,10 +288,11 @@ class Trainer:
         )
         self._group.barrier()
 
-    def _has_final(self, store: Store) -> bool:
+    def _has_final(self) -> bool:
         """Tell whether the final checkpoint lies there; the writer's answer counts for all."""
         answer = b""
         if self._manager:
+            store = open_store(self._config.checkpoint.checkpoint_dir)
             summary = read_summary(store, FINAL)
             run = self._plan.start.run
             ours = run.branch, self._progress.batch_count

@@ -10,20 +10,24 @@ import signal
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import NoReturn
 
-from trm_dist.checkpoint.manager import CheckpointManager
-from trm_dist.checkpoint.runs import write_run
+from trm_dist.checkpoint.client import PersisterClient
+from trm_dist.checkpoint.manager import CheckpointManager, Inherited, Snapshots
+from trm_dist.checkpoint.memory import Slots, SnapshotDir, remove_if_unlocked, take_slots
+from trm_dist.checkpoint.resume import remembered
+from trm_dist.checkpoint.snapshot import Flat
 from trm_dist.checkpoint.store import Store, open_store
-from trm_dist.config import Config
-from trm_dist.elastic.agent import end_agent
+from trm_dist.config import CheckpointConfig, Config
+from trm_dist.elastic.agent import end_agent, guardian, will_restart
 from trm_dist.elastic.preemption import StopListener, exit_code
-from trm_dist.elastic.world import Group, World, form_group, launch_id
+from trm_dist.elastic.world import World, form_group, launch_id
 from trm_dist.errors import (
     EXIT_GAVE_UP,
     EXIT_USAGE,
     ConfigError,
-    ResumeError,
+    FencedError,
     StoreError,
     TrainingError,
     TrmDistError,
@@ -32,7 +36,8 @@ from trm_dist.errors import (
 from trm_dist.events import Emit, Event, Stopped
 from trm_dist.logs import tell
 from trm_dist.observe.console import console
-from trm_dist.plan import Plan, check_space, from_message, make_plan, to_message
+from trm_dist.plan import Plan, check_space, make_plan
+from trm_dist.share import share_plan
 from trm_dist.train import Trainer, pin_numerics
 
 logger = logging.getLogger(__name__)
@@ -40,8 +45,20 @@ logger = logging.getLogger(__name__)
 _SIGNS_OF_A_LOST_WORKER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 """How gloo's RuntimeError tells that the other end of a connection has ended."""
 
-CLAIM_WAIT_S = 10.0
-"""How long the writer of a dying group may keep the store."""
+_HEADER_GROWTH_BYTES = 4096
+"""Room for counters that get longer."""
+
+_MOST_PLANS = 5
+
+
+@dataclass(slots=True)
+class _Saving:
+    """What it takes to save the newest state; filled in as it comes to be."""
+
+    emit: Emit
+    manager: CheckpointManager | None = None
+    slots: Slots | None = None
+    grace_s: float = 0.0
 
 
 def train(config: Config, given: frozenset[str]) -> NoReturn:
@@ -55,85 +72,148 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
         UserError: Found before the process group exists; later ones end the process.
     """
     world = World.from_environment(os.environ)
-    plan = manager = None
-    emit: Emit = _hear_nothing
+    plan = persister = None
+    saving = _Saving(_hear_nothing)
     if world.is_writer:
-        store = open_store(config.checkpoint.checkpoint_dir)
-        plan = _plan_and_claim(store, config, given)
+        plan, persister = _plan_and_claim(config, given)
         log = plan.config.log
-        emit = console(log.log_format, log_every_s=log.log_every_s)
-        manager = CheckpointManager(store, plan.start.run, plan.config.checkpoint, emit)
+        saving.emit = console(log.log_format, log_every_s=log.log_every_s)
     group = form_group(world, os.environ)
-    listener = StopListener(lambda signum: _stop(signum, manager, emit))
+    listener = StopListener(lambda signum: _stop(signum, saving))
     listener.start()
     try:
-        trainer = _build(plan, group, manager, emit)
-        plan = None  # a checkpoint's bytes are not needed while training
-        trainer.run()
+        plan, identity = share_plan(plan, config, given, group)
+        pin_numerics(plan.config.train.threads)
+        trainer = Trainer(plan, group, saving.emit)
+        checkpoint = plan.config.checkpoint
+        has_name = not plan.start.is_unnamed
+        plan = None  # its state is not needed while training
+        snapshots = None
+        if world.is_first_of_node:
+            # Where this node keeps them is its own affair, not the writer's.
+            snapshots = _take_snapshots(trainer, config.checkpoint, identity, saving)
+        if snapshots and persister and saving.slots:
+            inherited = Inherited(persister.attach(saving.slots), has_name)
+            saving.grace_s = checkpoint.grace_period
+            saving.manager = CheckpointManager(
+                snapshots, persister, checkpoint, saving.emit, inherited
+            )
+        trainer.run(saving.manager or snapshots, saving.manager)
     except Exception as error:  # noqa: BLE001 the border: whatever it was, the newest state is kept
-        _give_up(error, manager, listener)
+        _give_up(error, saving, listener)
+    _forget_snapshots(saving)
     _leave(0)
 
 
-def _plan_and_claim(store: Store, config: Config, given: frozenset[str]) -> Plan:
+def _plan_and_claim(config: Config, given: frozenset[str]) -> tuple[Plan, PersisterClient]:
+    """Make the plan, and start or adopt the persister that writes for this worker."""
+    store = open_store(config.checkpoint.checkpoint_dir)
+    memory = SnapshotDir(config.checkpoint.snapshot_dir, store.identity)
+    url = store.url if "://" in store.url else os.path.abspath(store.url)
+    persister = PersisterClient(url, store.identity, guardian(os.environ))
+    try:
+        plan = _plan_as_writer(store, memory, persister, config, given)
+    except BaseException:
+        persister.close()
+        raise
+    check_space(plan, store)
+    return plan, persister
+
+
+def _plan_as_writer(
+    store: Store, memory: SnapshotDir, persister: PersisterClient, config: Config,
+    given: frozenset[str],
+) -> Plan:  # fmt: skip
     """Plan, then become the only writer; plan anew if another one wrote in between."""
     try:
-        seen = store.entries()
-        plan = make_plan(config, given, launch_id(os.environ))
-        if not store.claim(CLAIM_WAIT_S):
-            raise ResumeError(
-                f"--checkpoint-dir {store.url}: another run is writing there. Stop it, or choose "
-                "another directory."
+        for _ in range(_MOST_PLANS):
+            seen = store.entries()
+            plan = make_plan(config, given, launch_id(os.environ), remembered(memory.held()))
+            checkpoint = plan.config.checkpoint
+            run = persister.open(
+                plan.start.run,
+                deadline_s=checkpoint.store_deadline,
+                keep_last=checkpoint.keep_last,
+                keep_every=checkpoint.keep_every,
             )
-        if store.entries() != seen:
-            plan = make_plan(config, given, launch_id(os.environ))
-        write_run(store, plan.start.run)
+            if store.entries() == seen:
+                break
     except OSError as error:
         raise ConfigError(
             f"--checkpoint-dir {store.url} cannot be written: {error}. Mend that or choose another."
         ) from error
-    check_space(plan, store)
-    return plan
+    return plan.as_run(run)
 
 
-def _build(
-    plan: Plan | None, group: Group, manager: CheckpointManager | None, emit: Emit
-) -> Trainer:
-    """Share the writer's plan and its checkpoint, and build the trainer of this worker."""
-    message = group.broadcast(to_message(plan) if plan else b"")
-    data = group.broadcast(plan.start.data if plan else b"")
-    plan = plan or from_message(message, data)
-    pin_numerics(plan.config.train.threads)
-    return Trainer(plan, group, manager, emit)
+def _take_snapshots(
+    trainer: Trainer, checkpoint: CheckpointConfig, identity: str, saving: _Saving
+) -> Snapshots:
+    """Take this node's memory for snapshots of the trainer's state."""
+    flat = Flat(trainer.state())
+    saving.slots = take_slots(
+        checkpoint.snapshot_dir,
+        identity,
+        num_slots=checkpoint.snapshot_slots,
+        header_bytes=len(flat.header) + _HEADER_GROWTH_BYTES,
+        body_bytes=flat.num_bytes,
+    )
+    return Snapshots(saving.slots)
 
 
-def _stop(signum: int, manager: CheckpointManager | None, emit: Emit) -> NoReturn:
+def _forget_snapshots(saving: _Saving) -> None:
+    """Leave no memory behind when all of it is committed."""
+    if saving.manager:
+        saving.manager.close()
+    if saving.slots:
+        remove_if_unlocked(saving.slots)
+
+
+def _stop(signum: int, saving: _Saving) -> NoReturn:
     """End this worker for a signal: no collective, no agreement, the newest state saved."""
+    manager = saving.manager
     if manager:
         manager.freeze()
-        manager.save_newest()
+        _save_newest(manager, saving)
         if manager.captured:
-            emit(Stopped(progress=manager.captured, reason=signal.Signals(signum).name))
+            saving.emit(Stopped(progress=manager.captured, reason=signal.Signals(signum).name))
     _leave(exit_code(signum))
 
 
-def _give_up(
-    error: Exception, manager: CheckpointManager | None, listener: StopListener
-) -> NoReturn:
+def _save_newest(manager: CheckpointManager, saving: _Saving) -> None:
+    """Keep this process alive until the persister has committed, or the grace period is over."""
+    try:
+        if manager.save_newest(saving.grace_s):
+            _forget_snapshots(saving)
+            return
+    except TrmDistError as error:
+        tell(str(error))
+        return
+    logger.error(
+        "the newest state is not committed after --grace-period %.0f s; it is in memory, and the "
+        "persister goes on as long as this node lives",
+        saving.grace_s,
+    )
+
+
+def _give_up(error: Exception, saving: _Saving, listener: StopListener) -> NoReturn:
     """End this worker for an error: the newest state saved, one message or a traceback."""
+    manager = saving.manager
+    is_lost_worker = any(sign in str(error) for sign in _SIGNS_OF_A_LOST_WORKER)
     if isinstance(error, TrmDistError):
         if manager or isinstance(error, UserError):  # of the others all workers see the same
             tell(str(error))
-    elif any(sign in str(error) for sign in _SIGNS_OF_A_LOST_WORKER):
+    elif is_lost_worker:
         logger.warning("another worker is gone (%s)", str(error).splitlines()[0])
     else:
         logger.error("training failed", exc_info=error)
-    if isinstance(error, UserError | TrainingError | StoreError):  # a restart would meet it again
-        end_agent(os.environ)
+    if isinstance(error, UserError | TrainingError | StoreError | FencedError):
+        end_agent(os.environ)  # a restart would meet it again
     if listener.stopping.is_set():  # the stop saves and ends this process
         threading.Event().wait()
-    if manager:
-        manager.save_newest()
+    # The workers that come next find the newest state in memory, and the persister publishes it.
+    is_safe_in_memory = is_lost_worker and will_restart(os.environ)
+    if manager and not is_safe_in_memory and not isinstance(error, StoreError | FencedError):
+        _save_newest(manager, saving)
     _leave(EXIT_USAGE if isinstance(error, UserError) else EXIT_GAVE_UP)
 
 

@@ -3,12 +3,15 @@
 Only processes that a test started are ever signalled, by their id.
 """
 
+import atexit
 import json
 import os
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +23,10 @@ DEADLINE_S = 240.0
 
 _MARK = "TEST_TRAINING"
 """Variable that all processes of one training inherit."""
+
+SNAPSHOTS = tempfile.mkdtemp(prefix="trm_dist-test-", dir="/dev/shm")
+"""Where the memory snapshots of all trainings under test lie."""
+atexit.register(shutil.rmtree, SNAPSHOTS, ignore_errors=True)
 
 # 96 samples in batches of 10: ten batches an epoch, the last of 6 samples, so one shard is partly
 # and one wholly empty in it. Clipping, warm-up and halting exploration are all at work.
@@ -37,6 +44,7 @@ SMALL = {
     "--halt-explore": "0.3",
     "--epochs": "8",
     "--checkpoint-interval": "7",
+    "--snapshot-dir": SNAPSHOTS,
     "--log-format": "json",
 }
 
@@ -48,6 +56,7 @@ class Training:
     process: subprocess.Popen[bytes]
     output: Path
     errors: Path
+    mark: str
     _offset: int = field(default=0)
     _events: list[dict[str, Any]] = field(default_factory=list)
 
@@ -88,6 +97,27 @@ class Training:
 
         self.wait_for(both, f"worker {rank}")
         return found[rank]
+
+    def processes(self) -> list[int]:
+        """All its living processes, also those whose parent is gone."""
+        return _marked(self.mark)
+
+    def persister(self) -> int:
+        """The process id of the living persister."""
+        found: list[int] = []
+
+        def one() -> bool:
+            found[:] = [
+                pid for pid in self.processes() if "trm_dist.checkpoint.persister" in _command(pid)
+            ]
+            return bool(found)
+
+        self.wait_for(one, "a persister")
+        return found[0]
+
+    def told(self) -> int:
+        """The batch count of the newest batch that was told of."""
+        return max((each["batch_count"] for each in self.events("batch")), default=0)
 
     def end(self) -> int:
         """Wait for the end and return the exit code."""
@@ -143,6 +173,23 @@ def kill_all(training: Training) -> None:
     wait_until_gone(tree[1:])
 
 
+def kill_everything(training: Training) -> None:
+    """Kill a whole tree at once, and the persister beside it."""
+    everyone = training.processes()
+    for pid in everyone:
+        kill(pid, signal.SIGSTOP)  # so that nobody can do anything about the others' end
+    for pid in everyone:
+        kill(pid)
+    training.process.wait(DEADLINE_S)
+    wait_until_gone(everyone)
+
+
+def forget_snapshots(directory: str = SNAPSHOTS) -> None:
+    """Lose what memory holds, as a node does that is switched off."""
+    for each in Path(directory).iterdir():
+        each.unlink()
+
+
 def wait_until_gone(pids: list[int]) -> None:
     """Wait until processes have ended."""
     deadline = time.monotonic() + 30
@@ -174,9 +221,13 @@ def training(
         launcher += ["torch.distributed.run", f"--nproc_per_node={workers}"]
         launcher += [f"--max-restarts={max_restarts}", "-m"]
     wanted = base | {"--checkpoint-dir": str(directory)} | (flags or {})
-    arguments = [part for pair in wanted.items() for part in pair if part]
-    with started(directory, [*launcher, "trm_dist", "train", *arguments]) as running:
+    with started(directory, [*launcher, "trm_dist", "train", *as_arguments(wanted)]) as running:
         yield running
+
+
+def as_arguments(flags: dict[str, str]) -> list[str]:
+    """The flags as they stand on a command line."""
+    return [part for pair in flags.items() for part in pair if part]
 
 
 @contextmanager
@@ -195,7 +246,7 @@ def started(directory: Path, command: list[str]) -> Iterator[Training]:
     environment |= dict([mark.split("=")])
     with output.open("wb") as out, errors.open("wb") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
-    running = Training(process, output, errors)
+    running = Training(process, output, errors, mark)
     try:
         yield running
     finally:
@@ -214,6 +265,13 @@ def _marked(mark: str) -> list[int]:
             if each.name.isdigit() and mark.encode() in (each / "environ").read_bytes():
                 found.append(int(each.name))
     return found
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
 
 
 def _is_alive(pid: int) -> bool:

@@ -23,7 +23,10 @@ def assert_same_bits(runs: list[Training], undisturbed: Undisturbed) -> None:
     for run in runs:
         for batch, losses in run.losses().items():
             seen.setdefault(batch, set()).update(losses)
-    assert seen == undisturbed.losses
+    # A worker that is killed between the snapshot of a batch and its line has finished the batch.
+    begun = {each["batch_count"] for run in runs for each in run.events("started")}
+    assert undisturbed.losses.keys() - seen.keys() <= begun
+    assert seen.items() <= undisturbed.losses.items()
     assert runs[-1].digest() == undisturbed.digest
 
 

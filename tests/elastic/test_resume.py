@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.elastic.harness import Undisturbed, kill, kill_all, training
+from tests.elastic.harness import (
+    Undisturbed,
+    forget_snapshots,
+    kill,
+    kill_all,
+    kill_everything,
+    training,
+)
 from tests.elastic.test_kill import assert_same_bits
 
 BRANCH = {"--lr": "1e-3"}
@@ -82,7 +89,8 @@ def test_damaged_latest_is_named_and_an_older_file_is_taken(
 ) -> None:
     with training(directory) as first:
         first.wait_for_batches(30)
-        kill_all(first)
+        kill_everything(first)
+    forget_snapshots()
     latest = directory / "checkpoint_latest.pt"
     whole = latest.read_bytes()
     latest.unlink()  # a link of the epoch file's bytes: write a file of its own
@@ -143,9 +151,9 @@ FAR_RESUME = """
     config = Config().with_values(sizes)
     settings = resolve(config, (), None)
     settings = settings.with_derived(**derived_sizes(config, seq_len=16))
-    start = Start(Run.fresh(""), "", b"", None)
+    start = Start(Run.fresh(""), "", None)
     plan = Plan(settings, start, data, None, shape_of(settings.config, 6))
-    trainer = Trainer(plan, form_group(World(), os.environ), None, lambda event: None)
+    trainer = Trainer(plan, form_group(World(), os.environ), lambda event: None)
     at = int(sys.argv[1])
     trainer._progress = Progress(batch_idx=at, batch_count=at)
     trainer._train_batch()

@@ -80,15 +80,6 @@ def test_missing_data_are_told_once_and_never_retried(directory: Path) -> None:
     assert run.messages().count("there is no such file") == 1
 
 
-def test_second_trainer_on_a_directory_is_refused(directory: Path) -> None:
-    with training(directory, flags={"--epochs": "1000"}) as first:
-        first.wait_for_batches(2)
-        with training(directory) as second:
-            assert second.end() == 2
-        assert "another run is writing there" in second.messages()
-        first.wait_for_batches(2)
-
-
 @pytest.mark.parametrize(
     "count", [3, pytest.param(50, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])]
 )

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import RUN, make_bytes, make_state
+from tests.fakes import RUN, make_bytes, make_state, torch_saved
 from trm_dist.checkpoint.names import FINAL, LATEST, epoch_name
-from trm_dist.checkpoint.state import digest, sealed
+from trm_dist.checkpoint.state import digest
 from trm_dist.cli import main
 from trm_dist.progress import COUNTERS
 
@@ -356,7 +356,7 @@ def test_newest_of_a_directory_belongs_to_the_newest_run(
 def test_sealed_file_without_counters_is_damaged_and_no_crash(
     directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (directory / LATEST).write_bytes(bytes(sealed({"a": 1}, {"branch": 1})))
+    (directory / LATEST).write_bytes(torch_saved({"a": 1}, {"branch": 1}))
 
     rows = printed_json(capsys, "ls", str(directory))
     assert [row["has_seal"] for row in rows if row["name"] == LATEST] == [False]

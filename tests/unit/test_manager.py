@@ -1,6 +1,8 @@
 """The writer's side: what is written when, and what happens when the store refuses."""
 
+import json
 import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -10,15 +12,19 @@ from tests.fakes import (
     RUN,
     FailingStore,
     FakeClock,
+    InlinePersister,
     MemoryStore,
     make_bytes,
     make_state,
     small_archive,
 )
-from trm_dist.checkpoint.manager import FIRST_PAUSE_S, LONGEST_PAUSE_S, CheckpointManager
+from trm_dist.checkpoint.archive import plain
+from trm_dist.checkpoint.manager import CheckpointManager, Inherited, Snapshots
+from trm_dist.checkpoint.memory import private_slots
 from trm_dist.checkpoint.names import FINAL, LATEST, epoch_name
 from trm_dist.checkpoint.runs import Run
 from trm_dist.checkpoint.state import digest, from_bytes
+from trm_dist.checkpoint.writer import Writer
 from trm_dist.config import CheckpointConfig
 from trm_dist.errors import StoreError
 from trm_dist.events import CommitFailed, Committed, Event
@@ -27,26 +33,34 @@ from trm_dist.progress import Progress
 ALWAYS = range(1, 10**6)
 
 
-class Writer:
-    """A manager with a fake clock, and what it tells."""
+class Training:
+    """A manager with a fake clock and real slots, and what it tells."""
 
     def __init__(
         self,
         store: MemoryStore,
         run: Run = RUN,
         clock: FakeClock | None = None,
+        num_slots: int = 3,
+        inherited: Inherited | None = None,
         **settings: Any,
     ) -> None:
         self.store = store
         self.clock = clock or FakeClock()
         self.events: list[Event] = []
-        config = CheckpointConfig(**settings)
-        self.manager = CheckpointManager(store, run, config, self.events.append, self.clock)
+        config = CheckpointConfig(checkpoint_dir=store.url, **settings)
+        self.slots = private_slots(num_slots=num_slots, header_bytes=10_000, body_bytes=10_000)
+        writer = Writer(store, run, keep_last=config.keep_last, keep_every=config.keep_every)
+        self.persister = InlinePersister(writer, self.slots, self.clock)
+        self.manager = CheckpointManager(
+            Snapshots(self.slots), self.persister, config, self.events.append, inherited, self.clock
+        )
 
     def finish_batch(self, batch_count: int, seconds: float = 0.0) -> None:
         self.clock.advance(seconds)
         self.manager.capture(make_state(batch_count))
         self.manager.save_if_due()
+        self.manager.listen()
 
     def committed(self) -> list[list[str]]:
         return [each.names for each in self.events if isinstance(each, Committed)]
@@ -73,7 +87,7 @@ def damage(store: MemoryStore, name: str) -> None:
 
 
 def test_checkpoint_is_named_at_every_interval() -> None:
-    writer = Writer(MemoryStore(), checkpoint_interval=3)
+    writer = Training(MemoryStore(), checkpoint_interval=3)
 
     for batch_count in range(1, 8):
         writer.finish_batch(batch_count)
@@ -83,17 +97,18 @@ def test_checkpoint_is_named_at_every_interval() -> None:
 
 
 def test_checkpoint_is_named_by_its_epoch_and_batch() -> None:
-    writer = Writer(MemoryStore(), checkpoint_interval=10)
+    writer = Training(MemoryStore(), checkpoint_interval=10)
     writer.manager.capture(make_state(20, epoch=3, batch_idx=4))
 
     writer.manager.save_if_due()
+    writer.manager.listen()
 
     assert writer.committed() == [[epoch_name(3, 4), LATEST]]
 
 
 @pytest.mark.parametrize(("seconds", "is_due"), [(0.0, False), (59.9, False), (60.0, True)])
 def test_latest_is_renewed_when_it_is_old_enough(seconds: float, is_due: bool) -> None:
-    writer = Writer(MemoryStore(), latest_every_s=60)
+    writer = Training(MemoryStore(), latest_every_s=60)
 
     writer.finish_batch(1, seconds)
 
@@ -101,7 +116,7 @@ def test_latest_is_renewed_when_it_is_old_enough(seconds: float, is_due: bool) -
 
 
 def test_age_of_latest_is_counted_from_the_last_commit() -> None:
-    writer = Writer(MemoryStore(), checkpoint_interval=2, latest_every_s=60)
+    writer = Training(MemoryStore(), checkpoint_interval=2, latest_every_s=60)
 
     for batch_count in range(1, 7):
         writer.finish_batch(batch_count, seconds=40)
@@ -111,7 +126,7 @@ def test_age_of_latest_is_counted_from_the_last_commit() -> None:
 
 
 def test_latest_is_renewed_after_every_batch_on_demand() -> None:
-    writer = Writer(MemoryStore(), latest_every_s=0)
+    writer = Training(MemoryStore(), latest_every_s=0)
 
     for batch_count in (1, 2, 3):
         writer.finish_batch(batch_count)
@@ -120,7 +135,7 @@ def test_latest_is_renewed_after_every_batch_on_demand() -> None:
 
 
 def test_commit_is_told_with_its_progress_and_size() -> None:
-    writer = Writer(MemoryStore(), checkpoint_interval=7)
+    writer = Training(MemoryStore(), checkpoint_interval=7)
 
     writer.finish_batch(7)
 
@@ -130,26 +145,19 @@ def test_commit_is_told_with_its_progress_and_size() -> None:
     assert event.num_bytes == len(writer.store.files[LATEST])
 
 
-def test_commit_is_told_with_its_duration() -> None:
-    writer = Writer(MemoryStore(), clock=FakeClock(tick_s=2), checkpoint_interval=1)
-
-    writer.finish_batch(1)
-
-    assert writer.events[0].fields()["seconds"] == 2.0
-
-
 def test_captured_state_is_written_and_not_the_live_one() -> None:
-    writer, live = Writer(MemoryStore(), checkpoint_interval=1), make_state(1)
+    writer, live = Training(MemoryStore(), checkpoint_interval=1), make_state(1)
     writer.manager.capture(live)
 
     live["model_state_dict"]["mix.weight"].zero_()
     writer.manager.save_if_due()
+    writer.manager.listen()
 
     assert digest(from_bytes(writer.store.files[LATEST])) == digest(make_state(1))
 
 
 def test_captured_progress_is_that_of_the_newest_capture() -> None:
-    manager = Writer(MemoryStore()).manager
+    manager = Training(MemoryStore()).manager
     assert manager.captured is None
 
     for batch_count in (1, 2):
@@ -159,8 +167,8 @@ def test_captured_progress_is_that_of_the_newest_capture() -> None:
 
 
 def test_latest_that_is_newer_is_not_among_the_names() -> None:
-    writer = Writer(MemoryStore(), checkpoint_interval=1)
-    writer.store.put(LATEST, make_bytes(1, replace(RUN, branch=2)))
+    writer = Training(MemoryStore(), checkpoint_interval=1)
+    writer.store.put(LATEST, [make_bytes(1, replace(RUN, branch=2))])
 
     writer.finish_batch(5)
 
@@ -172,75 +180,101 @@ def test_latest_that_is_newer_is_not_among_the_names() -> None:
 
 @pytest.mark.parametrize("fail_at", [1, 2])
 def test_failed_commit_is_told_and_training_goes_on(fail_at: int) -> None:
-    store = FailingStore({fail_at})
-    writer = Writer(store, checkpoint_interval=1)
+    writer = Training(FailingStore({fail_at}), checkpoint_interval=3)
+
+    for batch_count in (3, 4, 5):
+        writer.finish_batch(batch_count)
+
+    (failed,) = writer.failed()
+    assert failed.progress == progress_at(3)
+    assert failed.error == "[Errno 28] No space left on device"
+    assert writer.manager.captured == progress_at(5)
+
+
+def test_failed_commit_is_published_under_its_own_name_later() -> None:
+    writer = Training(FailingStore({1}), checkpoint_interval=3)
+
+    for batch_count in (3, 4, 5):
+        writer.finish_batch(batch_count, seconds=1)
+
+    assert batches(writer.store) == {epoch_name(1, 3): 3, LATEST: 3}
+
+
+def test_next_checkpoint_with_a_name_waits_for_the_one_before_and_says_how_long() -> None:
+    writer = Training(FailingStore({1}), clock=FakeClock(tick_s=0.3), checkpoint_interval=1)
 
     writer.finish_batch(1)
+    writer.finish_batch(2)
 
-    assert writer.failed() == [
-        CommitFailed(
-            progress=progress_at(1),
-            error="[Errno 28] No space left on device",
-            num_failures=1,
-            retry_in_s=FIRST_PAUSE_S,
-        )
-    ]
-    assert store.num_failures == 1
+    assert batches(writer.store) == {epoch_name(1, 1): 1, epoch_name(1, 2): 2, LATEST: 2}
+    waits = [each.waited_s for each in writer.events if isinstance(each, Committed)]
+    assert sum(waits) >= 1
 
 
-def test_failed_commit_is_not_tried_again_before_the_pause_is_over() -> None:
-    store = FailingStore({1})
-    writer = Writer(store, checkpoint_interval=1)
+def test_latest_alone_is_not_asked_for_while_a_publish_is_in_flight() -> None:
+    writer = Training(MemoryStore(), latest_every_s=10)
+    writer.persister.is_hung = True
 
-    writer.finish_batch(1)
-    writer.finish_batch(2, seconds=0.9 * FIRST_PAUSE_S)
-
-    assert batches(store) == {}
-
-
-def test_failed_commit_is_tried_again_after_the_pause() -> None:
-    store = FailingStore({1})
-    writer = Writer(store, checkpoint_interval=100, latest_every_s=60)
-
-    writer.finish_batch(1, seconds=60)
-    writer.finish_batch(2, seconds=FIRST_PAUSE_S)
-
-    assert batches(store) == {LATEST: 2}
-
-
-def test_pauses_grow_up_to_a_limit() -> None:
-    writer = Writer(FailingStore(ALWAYS), checkpoint_interval=1)
-
-    writer.finish_batch(1)
-    for batch_count in range(2, 10):
-        writer.finish_batch(batch_count, seconds=writer.failed()[-1].retry_in_s)
-
-    pauses = [each.retry_in_s for each in writer.failed()]
-    assert pauses == [1, 2, 4, 8, 16, 32, LONGEST_PAUSE_S, LONGEST_PAUSE_S, LONGEST_PAUSE_S]
-    assert [each.num_failures for each in writer.failed()] == list(range(1, 10))
-
-
-def test_failures_are_counted_anew_after_a_commit() -> None:
-    writer = Writer(FailingStore({1, 2, 5}), checkpoint_interval=1)
-
-    for batch_count in range(1, 6):
+    for batch_count in range(1, 9):
         writer.finish_batch(batch_count, seconds=10)
 
-    assert [each.num_failures for each in writer.failed()] == [1, 2, 1]
+    assert len(writer.persister.asked) == 1
 
 
-def test_failed_commit_leaves_the_captured_state_whole() -> None:
-    store = FailingStore({1})
-    writer = Writer(store, checkpoint_interval=1)
+def test_slot_that_is_published_is_never_written_and_the_newest_always_stands() -> None:
+    writer = Training(MemoryStore(), latest_every_s=0)
+    writer.persister.is_hung = True
 
-    writer.finish_batch(1)
-    assert writer.manager.save_newest()
+    for batch_count in range(1, 9):
+        writer.finish_batch(batch_count)
+        newest = writer.slots.newest()
+        assert newest is not None
+        assert plain(json.loads(newest.header)["tree"])["batch_count"] == batch_count
 
-    assert digest(from_bytes(store.files[LATEST])) == digest(make_state(1))
+    writer.persister.is_hung = False
+    writer.manager.listen()
+    assert batches(writer.store) == {LATEST: 1}
+
+
+def test_capture_waits_when_all_slots_are_being_published() -> None:
+    busy = [{"slot": slot, "sequence": slot + 1} for slot in range(2)]
+    writer = Training(MemoryStore(), num_slots=2, inherited=Inherited(busy), store_deadline=5)
+    writer.clock.tick_s = 1
+
+    with pytest.raises(StoreError):
+        writer.finish_batch(1)
+
+    assert writer.manager.captured is None
+
+
+@pytest.mark.parametrize("is_hung", [False, True])
+def test_training_stops_when_no_commit_works_until_the_deadline(is_hung: bool) -> None:
+    writer = Training(FailingStore(ALWAYS), checkpoint_interval=5, store_deadline=100)
+    writer.persister.is_hung = is_hung
+    writer.finish_batch(5)
+    writer.finish_batch(6, seconds=99)
+
+    with pytest.raises(StoreError, match="--store-deadline") as caught:
+        writer.finish_batch(7, seconds=1)
+
+    message = str(caught.value)
+    assert message.startswith("memory://checkpoints: no checkpoint could be written for 100 s")
+    assert ("no answer yet" if is_hung else "No space left") in message
+
+
+def test_deadline_is_counted_from_the_publish_that_fails() -> None:
+    writer = Training(FailingStore({1, 2}), checkpoint_interval=5, store_deadline=100)
+
+    writer.finish_batch(5, seconds=10_000)
+    writer.finish_batch(6, seconds=98)
+    writer.finish_batch(7, seconds=1)
+    writer.finish_batch(10, seconds=10_000)
+
+    assert writer.committed() == [[epoch_name(1, 5), LATEST], [epoch_name(1, 10), LATEST]]
 
 
 def test_failed_commit_leaves_the_live_state_alone() -> None:
-    writer, live = Writer(FailingStore(ALWAYS), checkpoint_interval=1), make_state(1)
+    writer, live = Training(FailingStore(ALWAYS), checkpoint_interval=1), make_state(1)
     writer.manager.capture(live)
 
     writer.manager.save_if_due()
@@ -248,118 +282,140 @@ def test_failed_commit_leaves_the_live_state_alone() -> None:
     assert digest(live) == digest(make_state(1))
 
 
-def test_failed_commit_leaves_what_stood_before() -> None:
-    store = FailingStore(range(3, 10**6))
-    writer = Writer(store, checkpoint_interval=1)
-
-    for batch_count in range(1, 5):
-        writer.finish_batch(batch_count, seconds=10)
-
-    assert batches(store) == {epoch_name(1, 1): 1, LATEST: 1}
-
-
-def test_training_stops_when_no_commit_works_until_the_deadline() -> None:
-    writer = Writer(FailingStore(ALWAYS), checkpoint_interval=1, store_deadline=100)
-    writer.finish_batch(1)
-    writer.finish_batch(2, seconds=99)
-
-    with pytest.raises(StoreError, match=r"No space left.*--store-deadline") as caught:
-        writer.finish_batch(3, seconds=60)
-
-    assert str(caught.value).startswith("memory://checkpoints: no checkpoint could be written")
-
-
-def test_deadline_is_counted_from_the_first_failure() -> None:
-    writer = Writer(FailingStore({1, 2}), checkpoint_interval=1, store_deadline=100)
-
-    writer.finish_batch(1, seconds=10_000)
-    writer.finish_batch(2, seconds=99)
-    writer.finish_batch(3, seconds=10_000)
-
-    assert writer.committed() == [[epoch_name(1, 3), LATEST]]
-
-
-def test_deadline_of_zero_allows_no_failure() -> None:
-    writer = Writer(FailingStore({1}), checkpoint_interval=1, store_deadline=0)
-
-    with pytest.raises(StoreError):
-        writer.finish_batch(1)
-
-
 # -- on a stop -------------------------------------------------------------------------------------
 
 
 def test_save_newest_writes_the_captured_state_as_latest() -> None:
-    writer = Writer(MemoryStore())
+    writer = Training(MemoryStore())
     writer.finish_batch(1)
 
-    assert writer.manager.save_newest()
+    assert writer.manager.save_newest(1.0)
 
     assert writer.committed() == [[LATEST]]
     assert batches(writer.store) == {LATEST: 1}
 
 
 def test_save_newest_writes_a_state_once() -> None:
-    writer = Writer(MemoryStore())
+    writer = Training(MemoryStore())
     writer.finish_batch(1)
 
-    assert [writer.manager.save_newest() for _ in range(3)] == [True] * 3
+    assert [writer.manager.save_newest(1.0) for _ in range(3)] == [True] * 3
 
     assert writer.committed() == [[LATEST]]
 
 
 def test_save_newest_writes_nothing_before_the_first_capture() -> None:
-    writer = Writer(MemoryStore())
+    writer = Training(MemoryStore())
 
-    assert writer.manager.save_newest()
+    assert writer.manager.save_newest(1.0)
 
     assert writer.store.calls == []
 
 
 def test_save_newest_writes_nothing_that_is_committed_by_name() -> None:
-    writer = Writer(MemoryStore(), checkpoint_interval=1)
+    writer = Training(MemoryStore(), checkpoint_interval=1)
     writer.finish_batch(1)
     writer.store.calls.clear()
 
-    assert writer.manager.save_newest()
+    assert writer.manager.save_newest(1.0)
 
     assert writer.store.calls == []
 
 
 def test_save_newest_leaves_the_file_alone_from_which_this_start_began() -> None:
-    writer = Writer(MemoryStore(), checkpoint_interval=5)
+    writer = Training(MemoryStore(), checkpoint_interval=5)
     writer.manager.capture(make_state(5))
 
-    assert writer.manager.save_newest()
+    assert writer.manager.save_newest(1.0)
 
     assert set(writer.store.files) == {LATEST}
 
 
 def test_save_newest_gives_a_boundary_of_the_interval_its_own_name() -> None:
-    writer = Writer(MemoryStore(), checkpoint_interval=5)
+    writer = Training(MemoryStore(), checkpoint_interval=5)
     writer.manager.capture(make_state(4))
     writer.manager.capture(make_state(5))
 
-    assert writer.manager.save_newest()
+    assert writer.manager.save_newest(1.0)
 
     assert set(writer.store.files) == {LATEST, epoch_name(1, 5)}
 
 
 def test_save_newest_says_when_it_failed() -> None:
-    store = FailingStore({1})
-    writer = Writer(store)
+    writer = Training(FailingStore({1}), clock=FakeClock(tick_s=0.4))
+    writer.manager.capture(make_state(1))
+
+    assert [writer.manager.save_newest(0.5), writer.manager.save_newest(5.0)] == [False, True]
+
+    assert batches(writer.store) == {LATEST: 1}
+
+
+def test_save_newest_is_urgent_and_does_not_wait_for_the_one_before() -> None:
+    writer = Training(MemoryStore(), clock=FakeClock(tick_s=0.5), checkpoint_interval=2)
+    writer.persister.is_hung = True
+    writer.finish_batch(2)
+    writer.finish_batch(3)
+
+    assert not writer.manager.save_newest(2.0)
+
+    assert [(names, is_urgent) for *_, names, is_urgent in writer.persister.asked] == [
+        ([epoch_name(1, 2)], False),
+        ([], True),
+    ]
+
+
+def test_save_newest_gives_what_was_left_unnamed_its_name() -> None:
+    inherited = Inherited(has_name=False)
+    writer = Training(MemoryStore(), inherited=inherited, checkpoint_interval=5)
+    writer.manager.capture(make_state(5))
+
+    assert writer.manager.save_newest(1.0)
+
+    assert set(writer.store.files) == {LATEST, epoch_name(1, 5)}
+
+
+def test_stop_saves_while_the_training_thread_waits_for_the_store() -> None:
+    writer = Training(MemoryStore(), checkpoint_interval=1)
+    writer.persister.is_hung = True
     writer.finish_batch(1)
+    training = threading.Thread(target=writer.finish_batch, args=(2,), daemon=True)
+    training.start()
+    while writer.manager.captured != progress_at(2):
+        time.sleep(0.01)
 
-    assert [writer.manager.save_newest() for _ in range(2)] == [False, True]
+    writer.manager.freeze()
+    writer.persister.is_hung = False
+    assert writer.manager.save_newest(1.0)
 
-    assert batches(store) == {LATEST: 1}
+    assert batches(writer.store)[LATEST] == 2
+    assert training.is_alive()  # it waits for the end of the process
+
+
+def test_frozen_manager_captures_no_more() -> None:
+    writer = Training(MemoryStore())
+    writer.finish_batch(1)
+    frozen = threading.Event()
+
+    def stop() -> None:  # its thread lives until the process ends
+        writer.manager.freeze()
+        frozen.set()
+        threading.Event().wait()
+
+    threading.Thread(target=stop, daemon=True).start()
+    frozen.wait()
+    training = threading.Thread(target=writer.finish_batch, args=(2,), daemon=True)
+    training.start()
+    training.join(0.3)
+
+    assert training.is_alive()
+    assert writer.manager.captured == progress_at(1)
 
 
 def test_save_newest_serves_another_thread() -> None:
-    writer = Writer(MemoryStore())
+    writer = Training(MemoryStore())
     writer.finish_batch(1)
 
-    thread = threading.Thread(target=writer.manager.save_newest)
+    thread = threading.Thread(target=writer.manager.save_newest, args=(1.0,))
     thread.start()
     thread.join()
 
@@ -370,7 +426,7 @@ def test_save_newest_serves_another_thread() -> None:
 
 
 def test_save_final_writes_final_and_latest() -> None:
-    writer = Writer(MemoryStore())
+    writer = Training(MemoryStore())
     writer.finish_batch(9)
 
     writer.manager.save_final()
@@ -380,7 +436,7 @@ def test_save_final_writes_final_and_latest() -> None:
 
 
 def test_save_final_writes_a_state_that_is_committed_already() -> None:
-    writer = Writer(MemoryStore(), checkpoint_interval=9)
+    writer = Training(MemoryStore(), checkpoint_interval=9)
     writer.finish_batch(9)
 
     writer.manager.save_final()
@@ -390,29 +446,37 @@ def test_save_final_writes_a_state_that_is_committed_already() -> None:
 
 def test_save_final_tries_until_it_works() -> None:
     store = FailingStore({1, 2, 4})
-    writer = Writer(store, clock=FakeClock(tick_s=100))  # no pause is left when it looks
+    writer = Training(store, clock=FakeClock(tick_s=100))  # no pause is left when it looks
     writer.manager.capture(make_state(9))
 
     writer.manager.save_final()
 
-    assert [each.num_failures for each in writer.failed()] == [1, 2, 3]
+    assert len(writer.failed()) == 3
     assert batches(store) == {FINAL: 9, LATEST: 9}
 
 
 def test_save_final_gives_up_after_the_deadline() -> None:
     clock = FakeClock(tick_s=100)
-    writer = Writer(FailingStore(ALWAYS), clock=clock, store_deadline=1000)
+    writer = Training(FailingStore(ALWAYS), clock=clock, store_deadline=1000)
     writer.manager.capture(make_state(9))
 
     with pytest.raises(StoreError):
         writer.manager.save_final()
 
 
+def test_close_lets_the_persister_end() -> None:
+    writer = Training(MemoryStore())
+
+    writer.manager.close()
+
+    assert writer.persister.is_closed
+
+
 # -- retention -------------------------------------------------------------------------------------
 
 
 def test_retention_keeps_all_by_default() -> None:
-    writer = Writer(MemoryStore(), checkpoint_interval=1)
+    writer = Training(MemoryStore(), checkpoint_interval=1)
 
     for batch_count in range(1, 6):
         writer.finish_batch(batch_count)
@@ -421,7 +485,7 @@ def test_retention_keeps_all_by_default() -> None:
 
 
 def test_retention_keeps_the_last_and_every_nth() -> None:
-    writer = Writer(MemoryStore(), checkpoint_interval=1, keep_last=2, keep_every=4)
+    writer = Training(MemoryStore(), checkpoint_interval=1, keep_last=2, keep_every=4)
 
     for batch_count in range(1, 12):
         writer.finish_batch(batch_count)
@@ -431,7 +495,7 @@ def test_retention_keeps_the_last_and_every_nth() -> None:
 
 
 def test_retention_keeps_the_newest_although_latest_holds_it() -> None:
-    writer = Writer(MemoryStore(), checkpoint_interval=1, keep_last=1)
+    writer = Training(MemoryStore(), checkpoint_interval=1, keep_last=1)
 
     for batch_count in (9, 10, 11):
         writer.finish_batch(batch_count)
@@ -440,7 +504,7 @@ def test_retention_keeps_the_newest_although_latest_holds_it() -> None:
 
 
 def test_retention_keeps_final() -> None:
-    writer = Writer(MemoryStore(), checkpoint_interval=1, keep_last=1)
+    writer = Training(MemoryStore(), checkpoint_interval=1, keep_last=1)
     writer.finish_batch(1)
     writer.manager.save_final()
 
@@ -453,13 +517,24 @@ def test_retention_keeps_final() -> None:
 def test_retention_does_not_count_damaged_files() -> None:
     store = MemoryStore()
     for batch_count in (1, 2, 3):
-        store.put(epoch_name(1, batch_count), make_bytes(batch_count))
+        store.put(epoch_name(1, batch_count), [make_bytes(batch_count)])
     for batch_count in (2, 3):
         damage(store, epoch_name(1, batch_count))
 
-    Writer(store, checkpoint_interval=1, keep_last=2).finish_batch(4)
+    Training(store, checkpoint_interval=1, keep_last=2).finish_batch(4)
 
     assert set(store.files) == {epoch_name(1, count) for count in (1, 2, 3, 4)} | {LATEST}
+
+
+def test_retention_reads_only_what_is_to_stay() -> None:
+    store = MemoryStore()
+    for batch_count in (1, 2, 3):
+        store.put(epoch_name(1, batch_count), [make_bytes(batch_count)])
+    damage(store, epoch_name(1, 1))
+
+    Training(store, checkpoint_interval=1, keep_last=2).finish_batch(4)
+
+    assert set(store.files) == {epoch_name(1, 3), epoch_name(1, 4), LATEST}
 
 
 @pytest.mark.parametrize(
@@ -474,8 +549,8 @@ def test_retention_does_not_count_damaged_files() -> None:
 )
 def test_retention_does_not_count_files_without_a_seal(content: bytes) -> None:
     store = MemoryStore()
-    store.put(epoch_name(9, 9), content)
-    writer = Writer(store, checkpoint_interval=1, keep_last=1)
+    store.put(epoch_name(9, 9), [content])
+    writer = Training(store, checkpoint_interval=1, keep_last=1)
 
     for batch_count in (1, 2):
         writer.finish_batch(batch_count)
@@ -487,8 +562,8 @@ def test_retention_does_not_count_files_without_a_seal(content: bytes) -> None:
 def test_retention_leaves_files_of_others_alone(other: dict[str, Any]) -> None:
     store, names = MemoryStore(), [epoch_name(1, count) for count in (50, 60, 70)]
     for name, batch_count in zip(names, (50, 60, 70), strict=True):
-        store.put(name, make_bytes(batch_count, replace(RUN, **other)))
-    writer = Writer(store, checkpoint_interval=1, keep_last=1)
+        store.put(name, [make_bytes(batch_count, replace(RUN, **other))])
+    writer = Training(store, checkpoint_interval=1, keep_last=1)
 
     for batch_count in (1, 2):
         writer.finish_batch(batch_count)
@@ -498,8 +573,8 @@ def test_retention_leaves_files_of_others_alone(other: dict[str, Any]) -> None:
 
 def test_retention_leaves_foreign_files_alone() -> None:
     store = MemoryStore()
-    store.put("model.pt", make_bytes(1))
-    writer = Writer(store, checkpoint_interval=1, keep_last=1)
+    store.put("model.pt", [make_bytes(1)])
+    writer = Training(store, checkpoint_interval=1, keep_last=1)
 
     for batch_count in (2, 3):
         writer.finish_batch(batch_count)
@@ -512,7 +587,7 @@ def test_retention_happens_after_a_commit_only() -> None:
     for batch_count in (1, 2, 3):
         store.files[epoch_name(1, batch_count)] = make_bytes(batch_count)
 
-    Writer(store, checkpoint_interval=1, keep_last=1).finish_batch(4)
+    Training(store, checkpoint_interval=1, keep_last=1).finish_batch(4)
 
     assert len(store.files) == 3
 
@@ -525,7 +600,7 @@ class UndeletableStore(MemoryStore):
 
 
 def test_trouble_with_retention_does_not_stop_training() -> None:
-    writer = Writer(UndeletableStore(), checkpoint_interval=1, keep_last=1)
+    writer = Training(UndeletableStore(), checkpoint_interval=1, keep_last=1)
 
     for batch_count in (1, 2, 3):
         writer.finish_batch(batch_count)

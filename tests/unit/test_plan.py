@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import RUN, MemoryStore, make_state
-from trm_dist.checkpoint.runs import write_run
-from trm_dist.checkpoint.state import to_bytes
+from tests.fakes import RUN, MemoryStore, make_state, to_bytes
+from trm_dist.checkpoint.runs import claim
 from trm_dist.checkpoint.store import LocalStore
 from trm_dist.config import Config
 from trm_dist.data.dataset import open_dataset
@@ -25,7 +24,7 @@ def used(tmp_path: Path) -> Config:
     for count in (1, 2):
         state = make_state(count, dataset=identity, config={"dataset": DATA})
         store = LocalStore(str(tmp_path))
-        store.put(f"checkpoint_epoch_1_batch_{count}.pt", to_bytes(state)[0])
+        store.put(f"checkpoint_epoch_1_batch_{count}.pt", [to_bytes(state)[0]])
     return config
 
 
@@ -39,9 +38,9 @@ def test_launch_with_the_same_id_that_asks_for_another_start_is_another_launch(
 ) -> None:
     store = LocalStore(used.checkpoint.checkpoint_dir)
     first = make_plan(resuming(used, 1), (), "job")
-    write_run(store, first.start.run)
+    run = claim(store, first.start.run)
 
-    assert make_plan(resuming(used, 1), (), "job").start.run == first.start.run
+    assert make_plan(resuming(used, 1), (), "job").start.run == run
     assert make_plan(resuming(used, 2), (), "job").start.run.branch == first.start.run.branch + 1
 
 

@@ -1,15 +1,17 @@
 """Publishing: the own name first, then latest, which never goes backwards."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.fakes import RUN, FailingStore, MemoryStore, make_summary, small_archive
+from trm_dist.checkpoint.catalog import read_summary, read_tail
 from trm_dist.checkpoint.names import FINAL, LATEST, epoch_name
-from trm_dist.checkpoint.publish import publish, read_summary, read_tail
-from trm_dist.checkpoint.seal import verify_seal
-from trm_dist.checkpoint.store import Store
+from trm_dist.checkpoint.publish import publish
+from trm_dist.checkpoint.seal import Piece, verify_seal
+from trm_dist.checkpoint.store import Guard, Store, unguarded
 from trm_dist.errors import CorruptCheckpointError
 
 
@@ -20,15 +22,15 @@ class ForgetfulStore(MemoryStore):
         super().__init__()
         self._removed = removed
 
-    def put(self, name: str, data: bytes | memoryview) -> None:
-        super().put(name, data)
+    def put(self, name: str, pieces: Sequence[Piece], guard: Guard = unguarded) -> None:
+        super().put(name, pieces, guard)
         if name == self._removed:
             self.delete(name)
 
 
 def publish_batch(store: Store, batch_count: int, *own_names: str, **run: Any) -> list[str]:
     summary = make_summary(batch_count, replace(RUN, **run))
-    return publish(store, small_archive(summary), own_names=own_names, summary=summary)
+    return publish(store, [small_archive(summary)], own_names=own_names, summary=summary)
 
 
 def batches(store: MemoryStore) -> dict[str, int]:
@@ -102,7 +104,7 @@ def test_latest_of_another_run_is_replaced(branch: int) -> None:
 @pytest.mark.parametrize("damaged", [b"", b"torn", bytes(10_000)])
 def test_latest_without_a_seal_is_replaced(damaged: bytes) -> None:
     store = MemoryStore()
-    store.put(LATEST, damaged)
+    store.put(LATEST, [damaged])
 
     names = publish_batch(store, 1)
 
@@ -114,7 +116,7 @@ def test_latest_without_a_seal_is_replaced(damaged: bytes) -> None:
 def test_latest_with_a_broken_seal_is_replaced(key: str) -> None:
     store, summary = MemoryStore(), make_summary(7)
     del summary[key]
-    store.put(LATEST, small_archive(summary))
+    store.put(LATEST, [small_archive(summary)])
 
     names = publish_batch(store, 1)
 
@@ -157,7 +159,7 @@ def test_publish_works_again_after_a_failure() -> None:
 def test_read_tail_gives_the_seal(num_bytes: int) -> None:
     store = MemoryStore()
     data = small_archive(make_summary(7), bytes(num_bytes))
-    store.put(LATEST, data)
+    store.put(LATEST, [data])
 
     assert read_tail(store, LATEST) == verify_seal(data)
 
@@ -170,7 +172,7 @@ def test_read_tail_of_a_missing_file_raises() -> None:
 @pytest.mark.parametrize("damaged", [b"", b"torn", bytes(10_000)])
 def test_read_tail_of_a_file_without_a_seal_raises(damaged: bytes) -> None:
     store = MemoryStore()
-    store.put(LATEST, damaged)
+    store.put(LATEST, [damaged])
 
     with pytest.raises(CorruptCheckpointError):
         read_tail(store, LATEST)
@@ -180,7 +182,7 @@ def test_read_tail_of_a_file_without_a_seal_raises(damaged: bytes) -> None:
 def test_read_summary_is_none_where_nothing_is_known(damaged: bytes | None) -> None:
     store = MemoryStore()
     if damaged is not None:
-        store.put(LATEST, damaged)
+        store.put(LATEST, [damaged])
 
     assert read_summary(store, LATEST) is None
 
@@ -190,7 +192,7 @@ def test_damaged_latest_that_claims_the_future_is_replaced() -> None:
     publish_batch(store, 1)
     data = bytearray(store.read(LATEST))
     data[bytes(data).rfind(b'"batch_count": 1') + 15] ^= 8  # 1 becomes 9
-    store.put(LATEST, bytes(data))
+    store.put(LATEST, [bytes(data)])
     assert (read_summary(store, LATEST) or {})["batch_count"] == 9
 
     assert publish_batch(store, 2) == [LATEST]

@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 
-from tests.fakes import make_summary, small_archive
+from tests.fakes import RUN, make_summary, small_archive
 from trm_dist.checkpoint import publish as publish_module
 from trm_dist.checkpoint import store as store_module
 from trm_dist.checkpoint.names import FINAL, LATEST, epoch_name
 from trm_dist.checkpoint.publish import publish
+from trm_dist.checkpoint.runs import guard_of
 from trm_dist.checkpoint.seal import verify_seal
 from trm_dist.checkpoint.store import HIDDEN, LocalStore
 from trm_dist.errors import CorruptCheckpointError
@@ -50,7 +51,7 @@ class Kill:
     files: dict[str, int | None]
     """Batch count that each file at the top level holds; None: it is not whole."""
     hidden: list[str]
-    hidden_after_claim: list[str]
+    hidden_after_removal: list[str]
     names_of_later: list[str]
     """What a later publish of batch 9 says it wrote."""
     files_after_later: dict[str, int | None]
@@ -61,7 +62,8 @@ class Kill:
 
 def publish_batch(store: LocalStore, batch_count: int, own_names: list[str]) -> list[str]:
     summary = make_summary(batch_count)
-    return publish(store, small_archive(summary), own_names=own_names, summary=summary)
+    pieces = [small_archive(summary)]
+    return publish(store, pieces, own_names=own_names, summary=summary, guard=guard_of(store, RUN))
 
 
 def killer(line: int) -> Callable[[FrameType, str, Any], Any]:
@@ -120,10 +122,10 @@ def kill_at(directory: str, steps: list[tuple[int, list[str]]], line: int) -> Ki
     hidden = f"{directory}/{HIDDEN}"
     files, left = held(store), sorted(os.listdir(hidden))
     later = LocalStore(directory)
-    assert later.claim(0.0)
-    left_after_claim = sorted(os.listdir(hidden))
+    later.remove_leftovers()
+    left_after_removal = sorted(os.listdir(hidden))
     names = publish_batch(later, 9, [epoch_name(1, 9)])
-    return Kill(line, num_done, files, left, left_after_claim, names, held(later))
+    return Kill(line, num_done, files, left, left_after_removal, names, held(later))
 
 
 def kill_everywhere(directory: str, scenario: str) -> None:
@@ -204,10 +206,10 @@ def test_latest_never_stands_before_its_own_file_does(kills: list[Kill], scenari
         assert {kill.files.get(name) for name in own_names[batch_count or 0]} <= {batch_count}
 
 
-def test_claim_removes_leftovers_of_any_kill(kills: list[Kill]) -> None:
-    left = {name for kill in kills for name in kill.hidden_after_claim}
+def test_leftovers_of_any_kill_are_removed(kills: list[Kill]) -> None:
+    left = {name for kill in kills for name in kill.hidden_after_removal}
 
-    assert left == {"writer.lock"}
+    assert left == {"lock"}
 
 
 def test_later_publish_works_after_any_kill(kills: list[Kill]) -> None:

@@ -1,6 +1,10 @@
 """The record of a run: written, read, lost and rebuilt."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +12,11 @@ from typing import Any
 import pytest
 
 from tests.fakes import RUN, MemoryStore, make_summary
-from trm_dist.checkpoint.runs import RECORD, Run, read_run, write_run
+from trm_dist.checkpoint.runs import RECORD, Run, claim, guard_of, read_run
 from trm_dist.checkpoint.store import LocalStore
+from trm_dist.errors import FencedError
+
+ROOT = Path(__file__).parents[2]
 
 
 def summaries(*places: tuple[str, float, int]) -> list[dict[str, Any]]:
@@ -47,36 +54,106 @@ def test_record_is_read_back() -> None:
     store = MemoryStore()
     run = replace(RUN, branch=3, origin="digest", created_at=1764043200.123456)
 
-    write_run(store, run)
+    claimed = claim(store, run)
 
-    assert read_run(store) == run
+    assert read_run(store) == claimed
+    assert replace(claimed, generation=0, writer="") == run
 
 
 def test_record_lies_hidden() -> None:
     store = MemoryStore()
 
-    write_run(store, RUN)
+    claim(store, RUN)
 
     assert list(store.files) == [".trm_dist/run.json"]
 
 
-def test_record_that_says_so_already_is_left_alone() -> None:
-    store = MemoryStore()
-    write_run(store, RUN)
-    store.calls.clear()
-
-    write_run(store, RUN)
-
-    assert store.calls == []
-
-
 def test_record_is_renewed_for_another_branch() -> None:
     store = MemoryStore()
-    write_run(store, RUN)
+    claim(store, RUN)
 
-    write_run(store, RUN.next_branch("digest", "where", "launch-2"))
+    claimed = claim(store, RUN.next_branch("digest", "where", "launch-2"))
 
-    assert read_run(store) == RUN.next_branch("digest", "where", "launch-2")
+    assert read_run(store) == claimed
+    assert (claimed.branch, claimed.generation) == (2, 2)
+
+
+# -- the one writer --------------------------------------------------------------------------------
+
+
+def test_every_claim_takes_the_next_generation() -> None:
+    store = MemoryStore()
+
+    assert [claim(store, RUN).generation for _ in range(3)] == [1, 2, 3]
+
+
+def test_claim_of_a_rebuilt_run_goes_on_with_the_generations_of_the_record() -> None:
+    store = MemoryStore()
+    for _ in range(3):
+        claim(store, RUN)
+
+    assert claim(store, replace(RUN, run_id="another")).generation == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"null"])
+def test_claim_replaces_a_record_that_cannot_be_read(content: bytes) -> None:
+    store = MemoryStore()
+    store.put(RECORD, [content])
+
+    assert read_run(store) is None
+    assert claim(store, RUN).generation == 1
+
+
+def test_guard_lets_the_newest_writer_publish() -> None:
+    store = MemoryStore()
+    run = claim(store, RUN)
+
+    guard_of(store, run)()
+
+
+def test_guard_stops_an_older_writer_and_names_the_newer() -> None:
+    store = MemoryStore()
+    older = claim(store, RUN)
+    claim(store, RUN)
+
+    with pytest.raises(FencedError, match=r"generation 2; this one is 1") as raised:
+        guard_of(store, older)()
+    assert f"process {os.getpid()} on {socket.gethostname()}" in str(raised.value)
+
+
+def test_guard_stops_the_writer_of_the_same_generation_that_lost() -> None:
+    store = MemoryStore()
+    run = claim(store, RUN)
+
+    with pytest.raises(FencedError):
+        guard_of(store, replace(run, writer="host:1:word"))()
+
+
+def test_guard_does_not_mind_a_record_that_was_removed_by_hand() -> None:
+    store = MemoryStore()
+    run = claim(store, RUN)
+    store.delete(RECORD)
+
+    guard_of(store, run)()
+
+
+def test_writers_that_claim_at_once_get_generations_of_their_own(tmp_path: Path) -> None:
+    directory = str(tmp_path / "run")
+    script = (
+        "import sys; from tests.fakes import RUN; from trm_dist.checkpoint.runs import claim;"
+        "from trm_dist.checkpoint.store import LocalStore;"
+        "print([claim(LocalStore(sys.argv[1]), RUN).generation for _ in range(5)])"
+    )
+    command = [sys.executable, "-c", script, directory]
+    racing = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(4)
+    ]
+    taken = [number for each in racing for number in json.loads(each.communicate()[0])]
+
+    assert sorted(taken) == list(range(1, 21))
+
+
+# -- reading ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -95,7 +172,7 @@ def test_record_is_renewed_for_another_branch() -> None:
 )
 def test_record_that_cannot_be_read_is_none(content: bytes) -> None:
     store = MemoryStore()
-    store.put(RECORD, content)
+    store.put(RECORD, [content])
 
     assert read_run(store) is None
 

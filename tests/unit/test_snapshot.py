@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.fakes import make_state
-from trm_dist.checkpoint.snapshot import Snapshot
+from trm_dist.checkpoint.snapshot import Flat, unflatten
 from trm_dist.checkpoint.state import digest
 
 DTYPES = [
@@ -31,6 +31,24 @@ DTYPES = [
 
 class Text(str):
     """As torch.__version__ is one."""
+
+
+class Snapshot:
+    """A header and a buffer, as a slot is one."""
+
+    def __init__(self) -> None:
+        self.header = b""
+        self.buffer = bytearray()
+
+    def capture(self, tree: dict[str, Any]) -> None:
+        flat = Flat(tree)
+        if len(self.buffer) != flat.num_bytes:
+            self.buffer = bytearray(flat.num_bytes)
+        flat.copy_to(memoryview(self.buffer))
+        self.header = flat.header
+
+    def tree(self) -> dict[str, Any]:
+        return unflatten(self.header, memoryview(self.buffer))
 
 
 def through(tree: dict[str, Any]) -> dict[str, Any]:
@@ -238,7 +256,7 @@ def test_buffer_is_about_as_large_as_the_tensors() -> None:
 
     snapshot.capture({"a": torch.zeros(1000), "b": torch.zeros(3, dtype=torch.bool)})
 
-    assert 4003 <= snapshot.buffer.nbytes <= 4003 + 2 * 64
+    assert 4003 <= len(snapshot.buffer) <= 4003 + 2 * 64
 
 
 def test_snapshot_is_read_from_header_and_buffer_alone() -> None:

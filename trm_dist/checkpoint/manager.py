@@ -1,61 +1,135 @@
-"""The writer's side of checkpoints: capture at each batch boundary, publish when it is time.
+"""The writer's side of checkpoints: what is captured, what is published, and when.
 
 Whatever the occasion (interval, time, a signal, an exception, the end), a save publishes the newest
 *captured* state; the training thread's live state is never read for it. So a stop can be served by
 another thread while the training thread is in the middle of a batch or blocked in a collective.
+
+Training stops for the copy alone; the persister does the rest. At most one periodic publish is in
+flight: the next checkpoint with a name of its own waits for it, and the wait is measured.
 """
 
 import logging
-import math
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from trm_dist.checkpoint.names import FINAL, epoch_name, parse_epoch_name
-from trm_dist.checkpoint.publish import publish
-from trm_dist.checkpoint.resume import find_checkpoints
-from trm_dist.checkpoint.retention import Kept, to_delete
-from trm_dist.checkpoint.runs import Run
-from trm_dist.checkpoint.seal import Seal, verify_seal
-from trm_dist.checkpoint.snapshot import Snapshot
-from trm_dist.checkpoint.state import to_bytes
-from trm_dist.checkpoint.store import Store
+from trm_dist.checkpoint.memory import Slots
+from trm_dist.checkpoint.names import FINAL, epoch_name
+from trm_dist.checkpoint.snapshot import Flat
 from trm_dist.config import CheckpointConfig
-from trm_dist.errors import CorruptCheckpointError, StoreError
+from trm_dist.errors import StoreError
 from trm_dist.events import CommitFailed, Committed, Emit
 from trm_dist.progress import COUNTERS, Progress
 
 logger = logging.getLogger(__name__)
 
-FIRST_PAUSE_S = 1.0
-LONGEST_PAUSE_S = 60.0
+_LISTEN_S = 0.1
+
+
+class Publishing(Protocol):
+    """Who publishes; a `PersisterClient`."""
+
+    def publish(
+        self, slot: int, sequence: int, names: list[str], *, is_urgent: bool = False
+    ) -> None:
+        """Ask for a snapshot to be published."""
+        ...
+
+    def events(self, wait_s: float = 0.0) -> list[dict[str, Any]]:
+        """Return what became of it."""
+        ...
+
+    def close(self) -> None:
+        """Tell that nothing is left to do."""
+        ...
+
+
+class Snapshots:
+    """Captures boundary after boundary into slots, such that the newest always stands."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+        newest = slots.newest()
+        self.newest: tuple[int, int] | None = None
+        """Slot and sequence number of the newest capture of this process."""
+        self._sequence = newest.sequence if newest else 0
+        self._newest_slot = newest.slot if newest else -1
+
+    def has_room(self, busy: Collection[int]) -> bool:
+        """Tell whether there is a slot that is not being published."""
+        return len(busy) < self._slots.num_slots
+
+    def capture(self, tree: dict[str, Any], busy: Collection[int] = ()) -> None:
+        """Copy the state of a batch boundary; it may change once this returns.
+
+        Args:
+            tree: The live state.
+            busy: Slots that are being published; not all of them.
+        """
+        flat = Flat(tree)
+        slot = self._free_slot(busy)
+        flat.copy_to(self._slots.begin(slot))
+        self._sequence += 1
+        self._slots.finish(slot, self._sequence, flat.header)
+        self._newest_slot = slot
+        self.newest = slot, self._sequence
+
+    def _free_slot(self, busy: Collection[int]) -> int:
+        """Return the slot to write: not one that is published, nor the newest if that can be."""
+        free = [slot for slot in range(self._slots.num_slots) if slot not in busy]
+        return min(free, key=lambda slot: (slot == self._newest_slot, slot))
+
+
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """What the trainer before has left."""
+
+    busy: Sequence[dict[str, Any]] = ()
+    """Its jobs that are still at work."""
+    has_name: bool = True
+    """Whether the state it has left already has the name it may be due."""
 
 
 class CheckpointManager:
-    """Owns the snapshot and the store; one per run, in the writer.
+    """Owns the snapshots and the way to the persister; one per run, in the writer.
 
     `capture`, `save_if_due` and `save_final` belong to the training thread, `save_newest` may be
-    called from any thread. A lock keeps a snapshot that is being published from being overwritten.
+    called from any thread.
     """
 
     def __init__(
-        self, store: Store, run: Run, config: CheckpointConfig, emit: Emit,
-        clock: Callable[[], float] = time.monotonic,
+        self, snapshots: Snapshots, persister: Publishing, config: CheckpointConfig, emit: Emit,
+        inherited: "Inherited | None" = None, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self._store = store
-        self._run = run
+        """Take over from the writer before.
+
+        Args:
+            snapshots: Where boundaries are captured.
+            persister: Publishes them.
+            config: What is kept, and when.
+            emit: Hears the events.
+            inherited: What the trainer before has left.
+            clock: Seconds.
+        """
+        self._snapshots = snapshots
+        self._persister = persister
         self._config = config
         self._emit = emit
         self._clock = clock
         self._lock = threading.RLock()
-        self._snapshot = Snapshot()
         self._captured: Progress | None = None
         self._first: Progress | None = None
         self._committed: Progress | None = None
-        self._known_good: set[tuple[str, str]] = set()
         self._last_commit_s = clock()
-        self._failures = _Failures()
+        self._waited_s = 0.0
+        self._failure = "no answer yet"
+        self._is_frozen = False
+        inherited = inherited or Inherited()
+        self._first_has_name = inherited.has_name
+        self._asked = {(job["slot"], job["sequence"]): clock() for job in inherited.busy}
+        """When each publish was asked for that is not committed."""
 
     @property
     def captured(self) -> Progress | None:
@@ -67,53 +141,85 @@ class CheckpointManager:
 
         For the thread that stops the process, which alone can still save.
         """
+        self._is_frozen = True
         self._lock.acquire()  # never released
 
     def capture(self, tree: dict[str, Any]) -> None:
-        """Copy the state of a batch boundary; it may change once this returns."""
+        """Copy the state of a batch boundary; it may change once this returns.
+
+        Raises:
+            StoreError: All slots are being published, and none has been for the deadline.
+            FencedError: Another writer has taken over.
+        """
+        self._wait_until(lambda: self._snapshots.has_room(self._busy()))
         with self._lock:
-            self._snapshot.capture(tree)
+            self._snapshots.capture(tree, self._busy())
             self._captured = Progress(**{name: tree[name] for name in COUNTERS})
             self._first = self._first or self._captured
 
     def save_if_due(self) -> None:
-        """Publish the captured state when the interval or the time has come, or a retry has.
+        """Have the captured state published when the interval or the time has come.
 
         Raises:
             StoreError: No commit has worked for longer than the deadline.
+            FencedError: Another writer has taken over.
         """
-        assert self._captured is not None, "capture comes first"
-        now, names = self._clock(), self._due_names()
-        is_time = now - self._last_commit_s >= self._config.latest_every_s
-        if (names or is_time or self._failures.count) and now >= self._failures.retry_at_s:
-            self._try_publish(names)
+        self.listen()
+        names = self._due_names()
+        if names:
+            self._wait_until(lambda: not self._asked)
+        is_time = self._clock() - self._last_commit_s >= self._config.latest_every_s
+        if names or (is_time and not self._asked):
+            self._ask(names)
+        self._check_deadline()
 
-    def save_newest(self) -> bool:
-        """Publish the captured state, unless it is committed; one attempt, any thread.
+    def listen(self, wait_s: float = 0.0) -> None:
+        """Hear what became of publishes, waiting a while for the first."""
+        with self._lock:
+            for event in self._persister.events(wait_s):
+                self._hear(event)
+
+    def save_soon(self) -> None:
+        """Have the captured state published, unless it is or is about to be."""
+        with self._lock:
+            if not self._is_safe() and self._snapshots.newest not in self._asked:
+                # Where this start began has a name already, and a branch's origin stays as it is.
+                has_name = self._captured == self._first and self._first_has_name
+                self._ask([] if has_name else self._due_names(), urgent=True)
+
+    def save_newest(self, wait_s: float) -> bool:
+        """Have the captured state published at once, and wait for it a while; any thread.
 
         Returns:
             Whether the newest captured state is in the store now.
+
+        Raises:
+            FencedError: Another writer has taken over.
         """
-        with self._lock:
-            if self._captured is None or self._captured == self._committed:
-                return True
-            # Where this start began has a name already, and a branch's origin must stay as it is.
-            own_names = [] if self._captured == self._first else self._due_names()
-            try:
-                self._publish(own_names)
-            except OSError as error:
-                logger.error("the newest state could not be saved: %s", error)
-                return False
-            return True
+        deadline = self._clock() + wait_s
+        self.save_soon()
+        while not self._is_safe() and self._clock() < deadline:
+            self.listen(_LISTEN_S)
+        return self._is_safe()
 
     def save_final(self) -> None:
-        """Publish the captured state as final and latest, trying until the deadline.
+        """Have the captured state published as final and latest, trying until the deadline.
 
         Raises:
             StoreError: No commit has worked for longer than the deadline.
+            FencedError: Another writer has taken over.
         """
-        while not self._try_publish([FINAL]):
-            time.sleep(max(0.0, self._failures.retry_at_s - self._clock()))
+        self._wait_until(lambda: not self._asked)
+        self._ask([FINAL])
+        self._wait_until(lambda: not self._asked)
+
+    def close(self) -> None:
+        """Let the persister end."""
+        with self._lock:
+            self._persister.close()
+
+    def _is_safe(self) -> bool:
+        return self._captured is None or self._captured == self._committed
 
     def _due_names(self) -> list[str]:
         """Return the name of its own that the captured state gets, if the interval says so."""
@@ -122,93 +228,57 @@ class CheckpointManager:
         is_due = at.batch_count % self._config.checkpoint_interval == 0
         return [epoch_name(at.epoch, at.batch_idx)] if is_due else []
 
-    def _try_publish(self, own_names: Sequence[str]) -> bool:
-        try:
-            with self._lock:
-                self._publish(own_names)
-        except OSError as error:
-            self._note_failure(error)
-            return False
-        self._failures = _Failures()
-        self._apply_retention()
-        return True
+    def _ask(self, names: list[str], *, urgent: bool = False) -> None:
+        with self._lock:
+            assert self._snapshots.newest is not None, "capture comes first"
+            self._asked[self._snapshots.newest] = self._clock()
+            self._persister.publish(*self._snapshots.newest, names, is_urgent=urgent)
 
-    def _publish(self, own_names: Sequence[str]) -> None:
-        assert self._captured is not None, "capture comes first"
+    def _busy(self) -> set[int]:
+        return {slot for slot, _ in self._asked}
+
+    def _wait_until(self, holds: Callable[[], bool]) -> None:
+        """Wait for commits; training stands still meanwhile."""
         started_s = self._clock()
-        data, summary = to_bytes(self._snapshot.tree())
-        with data:
-            names = publish(self._store, data, own_names=own_names, summary=summary)
-            num_bytes = len(data)
-        self._committed = self._captured
-        self._last_commit_s = self._clock()
-        seconds = self._last_commit_s - started_s
-        self._emit(
-            Committed(progress=self._captured, names=names, num_bytes=num_bytes, seconds=seconds)
-        )
+        while not holds():
+            if self._is_frozen:
+                threading.Event().wait()  # the stop saves and ends this process
+            self.listen(_LISTEN_S)
+            self._check_deadline()
+        self._waited_s += self._clock() - started_s
 
-    def _note_failure(self, error: OSError) -> None:
-        assert self._captured is not None, "capture comes first"
-        now = self._clock()
-        self._failures = self._failures.another(now)
-        failed_for_s = now - self._failures.first_at_s
-        if failed_for_s >= self._config.store_deadline:
-            raise StoreError(
-                f"{self._store.url}: no checkpoint could be written for {failed_for_s:.0f} s "
-                f"({self._failures.count} attempts), the last time because of: {error}. What was "
-                "written before stands. Mend the cause and give the same command again, or raise "
-                "--store-deadline."
-            ) from error
+    def _hear(self, event: dict[str, Any]) -> None:
+        if event["is"] == "failed":
+            self._failure = event["error"]
+            self._emit(
+                CommitFailed(
+                    progress=self._captured or Progress(),
+                    error=event["error"],
+                    num_failures=event["num_failures"],
+                    retry_in_s=event["retry_in_s"],
+                )
+            )
+            return
+        self._asked.pop((event["slot"], event["sequence"]), None)
+        self._last_commit_s = self._clock()
+        self._committed = Progress(**event["progress"])
         self._emit(
-            CommitFailed(
-                progress=self._captured,
-                error=str(error),
-                num_failures=self._failures.count,
-                retry_in_s=self._failures.retry_at_s - now,
+            Committed(
+                progress=self._committed,
+                names=event["names"],
+                num_bytes=event["num_bytes"],
+                seconds=event["seconds"],
+                waited_s=self._waited_s,
             )
         )
+        self._waited_s = 0.0
 
-    def _apply_retention(self) -> None:
-        """Delete what is no longer needed; trouble with it never stops training."""
-        if not self._config.keep_last:
-            return
-        try:
-            found = find_checkpoints(self._store)
-            kept = [
-                Kept(each.name, int(each.seal.summary["batch_count"]))
-                for each in found
-                if each.seal and parse_epoch_name(each.name) and self._counts(each.name, each.seal)
-            ]
-            for name in to_delete(
-                kept, keep_last=self._config.keep_last, keep_every=self._config.keep_every
-            ):
-                self._store.delete(name)
-        except OSError as error:
-            logger.warning("old checkpoints could not be removed: %s", error)
-
-    def _counts(self, name: str, seal: Seal) -> bool:
-        """Tell whether retention counts a file: of the current branch, and every byte verified."""
-        if (seal.summary["run_id"], seal.summary["branch"]) != (self._run.run_id, self._run.branch):
-            return False
-        if (name, seal.digest) not in self._known_good:
-            try:
-                verify_seal(self._store.read(name))
-            except (CorruptCheckpointError, FileNotFoundError):
-                return False
-            self._known_good.add((name, seal.digest))
-        return True
-
-
-class _Failures:
-    """Commits that failed since the last one that worked."""
-
-    def __init__(
-        self, count: int = 0, first_at_s: float = 0.0, retry_at_s: float = -math.inf
-    ) -> None:
-        self.count = count
-        self.first_at_s = first_at_s
-        self.retry_at_s = retry_at_s
-
-    def another(self, now: float) -> "_Failures":
-        pause_s = min(FIRST_PAUSE_S * 2**self.count, LONGEST_PAUSE_S)
-        return _Failures(self.count + 1, self.first_at_s if self.count else now, now + pause_s)
+    def _check_deadline(self) -> None:
+        failed_for_s = self._clock() - min(self._asked.values(), default=self._clock())
+        if self._asked and failed_for_s >= self._config.store_deadline:
+            raise StoreError(
+                f"{self._config.checkpoint_dir}: no checkpoint could be written for "
+                f"{failed_for_s:.0f} s, the last time because of: {self._failure}. What was "
+                "written before stands. Mend the cause and give the same command again, or raise "
+                "--store-deadline."
+            )

@@ -8,25 +8,28 @@ never stands before what it points to, nor goes backwards in a run's order (bran
 from collections.abc import Sequence
 from typing import Any
 
+from trm_dist.checkpoint.catalog import is_whole, position, read_summary
 from trm_dist.checkpoint.names import LATEST
-from trm_dist.checkpoint.seal import MAX_COMMENT_BYTES, Seal, read_seal, verify_seal
-from trm_dist.checkpoint.store import Store
-from trm_dist.errors import CorruptCheckpointError
-
-_NEEDED = {"run_id", "branch", "origin", "created_at", "batch_count"}
-"""What the summary of a checkpoint must tell."""
+from trm_dist.checkpoint.seal import Piece
+from trm_dist.checkpoint.store import Guard, Store, unguarded
 
 
 def publish(
-    store: Store, data: bytes | memoryview, *, own_names: Sequence[str], summary: dict[str, Any]
+    store: Store,
+    pieces: Sequence[Piece],
+    *,
+    own_names: Sequence[str],
+    summary: dict[str, Any],
+    guard: Guard = unguarded,
 ) -> list[str]:
     """Make a sealed checkpoint durable and visible.
 
     Args:
         store: Where to.
-        data: The sealed bytes.
+        pieces: The sealed bytes, in their order.
         own_names: Names besides latest; none where only latest is renewed.
-        summary: The seal's summary of `data`.
+        summary: The seal's summary.
+        guard: Asked before anything becomes visible; raises when it must not.
 
     Returns:
         The names that now hold it.
@@ -36,55 +39,10 @@ def publish(
     """
     names: list[str] = []
     for name in own_names:
-        _put_or_copy(store, data, name, names)
+        _put_or_copy(store, pieces, name, names, guard)
     if not _is_behind_latest(store, summary):
-        _put_or_copy(store, data, LATEST, names)
+        _put_or_copy(store, pieces, LATEST, names, guard)
     return names
-
-
-def read_summary(store: Store, name: str) -> dict[str, Any] | None:
-    """Return the summary in a file's seal, unverified; None if there is no file or no seal."""
-    try:
-        return read_tail(store, name).summary
-    except (FileNotFoundError, CorruptCheckpointError):
-        return None
-
-
-def read_tail(store: Store, name: str, size_bytes: int | None = None) -> Seal:
-    """Read the seal of a file without reading its weights.
-
-    Args:
-        store: Where it lies.
-        name: Its name.
-        size_bytes: Its size, if the caller has listed the store already.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        CorruptCheckpointError: It has no readable seal.
-    """
-    if size_bytes is None:
-        sizes = {entry.name: entry.size_bytes for entry in store.entries()}
-        if name not in sizes:
-            raise FileNotFoundError(name)
-        size_bytes = sizes[name]
-    found = read_seal(store.read(name, max(0, size_bytes - MAX_COMMENT_BYTES)))
-    if not found.summary.keys() >= _NEEDED:
-        raise CorruptCheckpointError("its seal does not say where it stands in a run")
-    return found
-
-
-def is_whole(store: Store, name: str) -> bool:
-    """Read a file and verify every byte of it; one that is gone is not whole."""
-    try:
-        verify_seal(store.read(name))
-    except (CorruptCheckpointError, FileNotFoundError):
-        return False
-    return True
-
-
-def position(summary: dict[str, Any]) -> tuple[int, int]:
-    """Return where a state stands in its run: (branch, batch_count)."""
-    return int(summary["branch"]), int(summary["batch_count"])
 
 
 def _is_behind_latest(store: Store, ours: dict[str, Any]) -> bool:
@@ -95,13 +53,15 @@ def _is_behind_latest(store: Store, ours: dict[str, Any]) -> bool:
     return is_whole(store, LATEST)
 
 
-def _put_or_copy(store: Store, data: bytes | memoryview, name: str, names: list[str]) -> None:
+def _put_or_copy(
+    store: Store, pieces: Sequence[Piece], name: str, names: list[str], guard: Guard
+) -> None:
     """Write the first name, copy to the others; write again if the first was removed meanwhile."""
     try:
         if names:
-            store.copy(names[0], name)
+            store.copy(names[0], name, guard)
         else:
-            store.put(name, data)
+            store.put(name, pieces, guard)
     except FileNotFoundError:
-        store.put(name, data)
+        store.put(name, pieces, guard)
     names.append(name)

@@ -1,16 +1,21 @@
 """Where a run goes on: the newest valid state, a branch from an older one, or a fresh start."""
 
+import json
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
-from trm_dist.checkpoint.names import FINAL, LATEST, is_checkpoint_name
-from trm_dist.checkpoint.publish import is_whole, position, read_tail
+from trm_dist.checkpoint.archive import plain, summarize
+from trm_dist.checkpoint.catalog import Found, find_checkpoints, is_whole, position
+from trm_dist.checkpoint.memory import Held
+from trm_dist.checkpoint.names import FINAL, LATEST, epoch_name
 from trm_dist.checkpoint.runs import RECORD, Run, read_run
 from trm_dist.checkpoint.seal import Seal, verify_seal
-from trm_dist.checkpoint.state import from_bytes
+from trm_dist.checkpoint.snapshot import unflatten
+from trm_dist.checkpoint.state import KEYS, from_bytes
 from trm_dist.checkpoint.store import Store, open_store, split_url
 from trm_dist.config import CheckpointConfig
 from trm_dist.errors import CorruptCheckpointError, ResumeError
@@ -18,13 +23,8 @@ from trm_dist.errors import CorruptCheckpointError, ResumeError
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A file under a documented name."""
-
-    name: str
-    seal: Seal | None
-    """None when it has no readable seal, so nothing is known of it."""
+MEMORY = "memory"
+"""Source of a start from a snapshot that a dead worker has left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,47 +34,71 @@ class Start:
     run: Run
     source: str
     """Where the state was read, for people; empty: a fresh start."""
-    data: bytes
-    """The sealed checkpoint; empty: a fresh start."""
     state: dict[str, Any] | None
-    """What `data` holds."""
+    """None: a fresh start. Tensors from memory are views, valid until the next capture."""
+    is_unnamed: bool = False
+    """Whether no file has the name that a checkpoint of this state may be due."""
 
 
-def find_checkpoints(store: Store) -> list[Found]:
-    """List every checkpoint, reading its seal only."""
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """A snapshot in memory that holds the state of a run."""
+
+    summary: dict[str, Any]
+    held: Held
+
+    @property
+    def batch_count(self) -> int:
+        """Batches it has seen."""
+        return int(self.summary["batch_count"])
+
+
+def remembered(held: Iterable[Held]) -> list[Remembered]:
+    """Return the snapshots that hold a state of this format; their headers were checked."""
     found = []
-    for entry in store.entries():
-        if is_checkpoint_name(entry.name):
-            try:
-                found.append(Found(entry.name, read_tail(store, entry.name, entry.size_bytes)))
-            except FileNotFoundError:  # removed by hand while we look
-                continue
-            except CorruptCheckpointError as error:
-                logger.warning("%s: %s; it is left in place", entry.name, error)
-                found.append(Found(entry.name, None))
+    for each in held:
+        content = plain(json.loads(each.header)["tree"])
+        if content.keys() >= KEYS:
+            found.append(Remembered(summarize(content), each))
     return found
 
 
-def choose_start(store: Store, config: CheckpointConfig, launch_id: str) -> Start:
+def newest_of(run: Run, memory: Iterable[Remembered]) -> Remembered | None:
+    """Return the newest snapshot of a run's branch."""
+    ours = [each for each in memory if run.is_that_of(each.summary)]
+    return max(ours, key=lambda each: position(each.summary), default=None)
+
+
+def choose_start(
+    store: Store,
+    config: CheckpointConfig,
+    launch_id: str,
+    memory: Iterable[Remembered] = (),
+) -> Start:
     """Choose where to start; nothing is written.
 
     Args:
         store: The store of `--checkpoint-dir`.
         config: `--resume` and what goes with it.
         launch_id: Names this launch; its restarted workers give the same one.
+        memory: Snapshots that dead workers have left on this node.
 
     Raises:
         ResumeError: There is nothing valid to go on from, or `--resume never` meets checkpoints.
     """
     found = find_checkpoints(store)
-    run = read_run(store) or Run.rebuilt(each.seal.summary for each in found if each.seal)
+    memory = list(memory)
+    run = read_run(store) or Run.rebuilt(
+        [each.seal.summary for each in found if each.seal] + [each.summary for each in memory]
+    )
+    here = _Here(store, run, found, memory)
     is_restart = run is not None and bool(run.launch_id) and run.launch_id == launch_id
     if config.resume == "never" and not is_restart:
         return _start_over(store, found, config, launch_id)
     names_a_file = config.resume not in {"auto", "never"}
     if names_a_file and not _is_latest_of(config.resume, store.url):
-        return _branch(store, run, found, config, launch_id=launch_id, is_restart=is_restart)
-    newest = _newest(store, run, found)
+        return _branch(here, config, launch_id=launch_id, is_restart=is_restart)
+    newest = here.newest()
     if newest is not None:
         return newest
     if config.resume != "never":  # the restart of a launch that starts over needs no old state
@@ -84,7 +108,7 @@ def choose_start(store: Store, config: CheckpointConfig, launch_id: str) -> Star
             f"--resume {config.resume}: {store.url} holds no checkpoint. Check the path, or leave "
             "--resume out to start fresh."
         )
-    return Start(run or Run.fresh(launch_id), "", b"", None)
+    return Start(run or Run.fresh(launch_id), "", None)
 
 
 def _start_over(
@@ -95,40 +119,31 @@ def _start_over(
             f"--resume never: {store.url} already holds {len(found)} checkpoint(s), such as "
             f"{found[0].name}. Choose another --checkpoint-dir, or add --overwrite to start over."
         )
-    return Start(Run.fresh(launch_id), "", b"", None)
+    return Start(Run.fresh(launch_id), "", None)
 
 
-def _branch(
-    store: Store,
-    run: Run | None,
-    found: list[Found],
-    config: CheckpointConfig,
-    *,
-    launch_id: str,
-    is_restart: bool,
-) -> Start:
+def _branch(here: "_Here", config: CheckpointConfig, *, launch_id: str, is_restart: bool) -> Start:
     """Start or continue the branch that begins at the file `--resume` names."""
     # The branch of a restarted launch is its own: its origin may have been overwritten since.
-    newest = _newest(store, run, found) if is_restart else None
+    run = here.run
+    newest = here.newest() if is_restart else None
     if newest is not None:
         return newest
     where = _location(config.resume)
     is_known = run is not None and run.origin_url == where and not config.overwrite
     if is_known and not _exists(config.resume):  # cleaned up since; the branch lives on
-        newest = _newest(store, run, found)
+        newest = here.newest()
         if newest is not None:
             return newest
     origin = _read_origin(config.resume)
     if run is not None and run.origin == origin.seal.digest and not config.overwrite:
-        newest = _newest(store, run, found)
-        return newest or Start(run, config.resume, origin.data, origin.state)
+        return here.newest() or Start(run, config.resume, origin.state)
     begun = (run or Run.fresh(launch_id)).next_branch(origin.seal.digest, where, launch_id)
-    return Start(begun, config.resume, origin.data, origin.state)
+    return Start(begun, config.resume, origin.state)
 
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    data: bytes
     seal: Seal
     state: dict[str, Any]
 
@@ -138,8 +153,7 @@ def _read_origin(url: str) -> _Origin:
     store = open_store(directory)
     try:
         data = store.read(name)
-        state = from_bytes(data)
-        return _Origin(data, verify_seal(data), state)
+        return _Origin(verify_seal(data), from_bytes(data))
     except FileNotFoundError as error:
         raise ResumeError(
             f"--resume {url}: there is no such file. `trm_dist ls DIR` lists what there is."
@@ -158,21 +172,41 @@ def _read_origin(url: str) -> _Origin:
         ) from error
 
 
-def _newest(store: Store, run: Run | None, found: list[Found]) -> Start | None:
-    """Return the newest valid state of the run's current branch, or the one it begins from."""
-    if run is None:
-        return None
-    for each in _by_age(run, found):
-        try:
-            data = store.read(each.name)
-            state = from_bytes(data)
-        except FileNotFoundError:
-            continue
-        except CorruptCheckpointError as error:
-            logger.warning("%s is damaged (%s); an older one is tried", each.name, error)
-            continue
-        return Start(run, os.path.join(store.url, each.name), data, state)
-    return None
+@dataclass(frozen=True, slots=True)
+class _Here:
+    """What there is: the files of a store, and the snapshots of this node."""
+
+    store: Store
+    run: Run | None
+    found: list[Found]
+    memory: list[Remembered]
+
+    def newest(self) -> Start | None:
+        """Return the newest valid state of the run's current branch, or the one it begins from."""
+        if self.run is None:
+            return None
+        snapshot = newest_of(self.run, self.memory)
+        for each in _by_age(self.run, self.found):
+            # A snapshot that is as new needs no download.
+            if snapshot and each.seal and position(each.seal.summary) <= position(snapshot.summary):
+                break
+            try:
+                state = from_bytes(self.store.read(each.name))
+            except FileNotFoundError:
+                continue
+            except CorruptCheckpointError as error:
+                logger.warning("%s is damaged (%s); an older one is tried", each.name, error)
+                continue
+            return Start(self.run, os.path.join(self.store.url, each.name), state)
+        return self.start_from(snapshot) if snapshot else None
+
+    def start_from(self, snapshot: Remembered) -> Start:
+        """Go on from memory."""
+        assert self.run is not None, "it is of this run"
+        own_name = epoch_name(snapshot.summary["epoch"], snapshot.summary["batch_idx"] or 1)
+        is_unnamed = own_name not in {each.name for each in self.found}
+        state = unflatten(snapshot.held.header, snapshot.held.body)
+        return Start(self.run, MEMORY, state, is_unnamed)
 
 
 def _refuse_if_lost(store: Store, run: Run | None, found: list[Found]) -> None:
@@ -212,7 +246,7 @@ def _by_age(run: Run, found: list[Found]) -> list[Found]:
         if each.seal is None:
             continue
         summary = each.seal.summary
-        if (summary["run_id"], summary["branch"]) == (run.run_id, run.branch):
+        if run.is_that_of(summary):
             placed.append((position(summary), rank.get(each.name, 0), each))
         elif run.origin and each.seal.digest == run.origin:
             origins.append(each)
@@ -223,16 +257,19 @@ def _by_age(run: Run, found: list[Found]) -> list[Found]:
 def _location(url: str) -> str:
     """Name a file alike however its path is spelled; short, as it goes into every seal."""
     directory, name = split_url(url)
-    path = os.path.join(os.path.realpath(open_store(directory).url), name)
-    return blake2b(path.encode(), digest_size=8).hexdigest()
+    place = f"{open_store(directory).identity}/{name}"
+    return blake2b(place.encode(), digest_size=8).hexdigest()
 
 
 def _exists(url: str) -> bool:
     directory, name = split_url(url)
-    return os.path.lexists(os.path.join(open_store(directory).url, name))
+    try:
+        open_store(directory).read(name, 0, 1)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _is_latest_of(resume: str, directory: str) -> bool:
     folder, name = split_url(resume)
-    there = open_store(folder).url
-    return name == LATEST and os.path.realpath(there) == os.path.realpath(directory)
+    return name == LATEST and open_store(folder).identity == open_store(directory).identity

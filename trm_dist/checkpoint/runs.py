@@ -3,18 +3,28 @@
 A run lives through all its restarts. Going back to an older checkpoint starts a *branch*; the
 newest branch is the run's present, older ones keep their files. States are ordered by (branch,
 batch_count). The record can be lost: every checkpoint carries what it takes to rebuild it.
+
+It also names the one writer. Whoever becomes the writer takes the next *generation* in one atomic
+write; a writer publishes only while the newest generation is its own, so an orphan, a node that
+was cut off and came back, or a forgotten process is refused.
 """
 
 import json
+import os
+import secrets
+import socket
 import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
-from trm_dist.checkpoint.store import HIDDEN, Store
+from trm_dist.checkpoint.store import HIDDEN, Guard, Store
+from trm_dist.errors import FencedError
 
 RECORD = f"{HIDDEN}/run.json"
+
+_MOST_CLAIMS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +42,10 @@ class Run:
     """The launch that began this branch; its restarted workers continue it."""
     origin_url: str = ""
     """Names where `origin` lay; the branch goes on when that file has been cleaned up."""
+    generation: int = 0
+    """Number of the writer, over all branches; 0: none yet."""
+    writer: str = ""
+    """Host, process and a word of the writer's own."""
 
     @classmethod
     def fresh(cls, launch_id: str) -> Self:
@@ -64,20 +78,72 @@ class Run:
             launch_id=launch_id,
         )
 
+    def is_that_of(self, summary: Mapping[str, Any]) -> bool:
+        """Tell whether a state with this summary is of the same branch of the same run."""
+        return (self.run_id, self.branch) == (summary["run_id"], summary["branch"])
+
     def summary(self) -> dict[str, Any]:
         """Return what every checkpoint of the run says of it."""
-        return asdict(self)
+        values = asdict(self)
+        del values["writer"]
+        return values
 
 
 def read_run(store: Store) -> Run | None:
     """Read the record; None when it is missing or cannot be read."""
+    return _parse(_read_record(store))
+
+
+def claim(store: Store, run: Run) -> Run:
+    """Become the writer of a store: record the run with the next generation.
+
+    Raises:
+        OSError: The store cannot be written.
+    """
+    writer = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(8)}"
+    for _ in range(_MOST_CLAIMS):
+        current = _read_record(store)
+        found = _parse(current)
+        generation = max(run.generation, found.generation if found else 0) + 1
+        claimed = replace(run, generation=generation, writer=writer)
+        if store.put_if(RECORD, _record_of(claimed), current):
+            return claimed
+    raise OSError(f"{store.url}/{RECORD} is changed by others all the time")
+
+
+def guard_of(store: Store, run: Run) -> Guard:
+    """Return the guard of a writer: it raises FencedError once another one has taken over.
+
+    A record that was removed by hand stops nobody.
+    """
+
+    def check() -> None:
+        found = read_run(store)
+        if found is None or (found.generation, found.writer) == (run.generation, run.writer):
+            return
+        host, process, _ = (*found.writer.split(":"), "", "")[:3]
+        raise FencedError(
+            f"{store.url}: another writer has taken over (process {process} on {host}, generation "
+            f"{found.generation}; this one is {run.generation}). This one stops; what it had "
+            "written stands, and the other goes on from there."
+        )
+
+    return check
+
+
+def _read_record(store: Store) -> bytes | None:
     try:
-        return Run(**json.loads(store.read(RECORD)))
-    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
+        return bytes(store.read(RECORD))
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def write_run(store: Store, run: Run) -> None:
-    """Write the record durably; a record that already says so is left alone."""
-    if read_run(store) != run:
-        store.put(RECORD, json.dumps(asdict(run), indent=1).encode())
+def _record_of(run: Run) -> bytes:
+    return json.dumps(asdict(run), indent=1).encode()
+
+
+def _parse(record: bytes | None) -> Run | None:
+    try:
+        return Run(**json.loads(record)) if record is not None else None
+    except (ValueError, TypeError):
+        return None

@@ -11,8 +11,8 @@ The summary tells where the checkpoint stands in its run without reading weights
 the last bytes of each file. xxh3-128, because sha256 costs ten times a raw read.
 """
 
-import io
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from trm_dist.errors import CorruptCheckpointError
 
 MAX_COMMENT_BYTES = 4096
 """The seal lies within this many bytes of the end of a file."""
+
+Piece = bytes | memoryview
 
 _MARK = b"trm_dist "
 _DIGEST_MARK = b" xxh3-128:"
@@ -40,22 +42,20 @@ class Seal:
     """Hex digits of the digest; not verified by reading them."""
 
 
-def seal(stream: io.BytesIO, summary: dict[str, Any]) -> memoryview:
-    """Append the seal to a finished zip archive and return all its bytes, without a copy.
+def seal(pieces: Sequence[Piece], summary: dict[str, Any]) -> list[Piece]:
+    """Append the seal to a finished zip archive, without a copy.
 
     Args:
-        stream: A zip archive without a comment; changed in place.
+        pieces: The bytes of a zip archive without a comment, in their order.
         summary: Plain values, a few hundred bytes as JSON.
     """
     prefix = _MARK + json.dumps(summary, sort_keys=True).encode() + _DIGEST_MARK
     size = len(prefix) + _DIGEST_DIGITS
     assert size <= MAX_COMMENT_BYTES - _END_RECORD_BYTES, "the summary is meant to be short"
-    with stream.getbuffer() as body:
-        assert body[-_END_RECORD_BYTES:-18] == _END_RECORD, "a zip without a comment ends like this"
-        digits = _digest(body[:-2], prefix)
-    stream.seek(-2, io.SEEK_END)
-    stream.write(size.to_bytes(2, "little") + prefix + digits)
-    return stream.getbuffer()
+    end = pieces[-1]
+    assert end[-_END_RECORD_BYTES:-18] == _END_RECORD, "a zip without a comment ends like this"
+    body = [*pieces[:-1], end[:-2]]
+    return [*body, size.to_bytes(2, "little") + prefix + _digest(*body, prefix)]
 
 
 def read_seal(tail: bytes | memoryview) -> Seal:
@@ -100,8 +100,8 @@ def verify_seal(data: bytes | memoryview) -> Seal:
     return found
 
 
-def _digest(body: memoryview, prefix: bytes) -> bytes:
+def _digest(*pieces: Piece) -> bytes:
     digest = xxhash.xxh3_128()
-    digest.update(body)
-    digest.update(prefix)
+    for piece in pieces:
+        digest.update(piece)
     return digest.hexdigest().encode()

@@ -6,64 +6,59 @@ memory, and reading one runs no code. Every save goes the same way: capture, the
 """
 
 import json
+import math
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from trm_dist.checkpoint.archive import KIND, STORAGES
+
 _ALIGNMENT = 64
-_KIND = "$"
-_DTYPES = {
-    str(dtype): dtype
-    for dtype in (
-        torch.float64, torch.float32, torch.bfloat16, torch.float16,
-        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-    )
-}  # fmt: skip
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name[6:]) for name in STORAGES}
 
 
-class Snapshot:
-    """One slot that is captured into again and again; its buffer is allocated once and grows."""
+class Flat:
+    """A tree taken apart: its tensors still those of the live state, and the header."""
 
-    def __init__(self) -> None:
-        self.header = b""
-        self.buffer: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)
-
-    def capture(self, tree: dict[str, Any]) -> None:
-        """Copy everything; the state may change once this returns.
+    def __init__(self, tree: dict[str, Any]) -> None:
+        """Take a tree apart; nothing is copied yet.
 
         Args:
             tree: Dicts, lists and tuples of tensors, numbers, strings, booleans and None.
+
+        Raises:
+            TypeError: It holds something else.
         """
-        tensors: list[Tensor] = []
-        skeleton = _take_out(tree, tensors)
-        places: list[tuple[str, list[int], int]] = []
-        size = 0
-        for tensor in tensors:
-            places.append((str(tensor.dtype), list(tensor.shape), size))
-            size += -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
-        if self.buffer.size < size:
-            self.buffer = np.zeros(size, dtype=np.uint8)
-        targets = [_view(self.buffer, *place) for place in places]
-        if tensors:
-            torch._foreach_copy_(targets, [tensor.detach() for tensor in tensors])
-        self.header = json.dumps({"tree": skeleton, "tensors": places}).encode()
+        self._tensors: list[Tensor] = []
+        skeleton = _take_out(tree, self._tensors)
+        self._places: list[tuple[str, list[int], int]] = []
+        self.num_bytes = 0
+        for tensor in self._tensors:
+            self._places.append((str(tensor.dtype), list(tensor.shape), self.num_bytes))
+            num_bytes = tensor.numel() * tensor.element_size()
+            self.num_bytes += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+        self.header = json.dumps({"tree": skeleton, "tensors": self._places}).encode()
 
-    def tree(self) -> dict[str, Any]:
-        """Return the captured tree; its tensors are views of the buffer, valid until the next."""
-        header = json.loads(self.header)
-        tensors = [_view(self.buffer, *place) for place in header["tensors"]]
-        tree: dict[str, Any] = _put_back(header["tree"], tensors)
-        return tree
+    def copy_to(self, buffer: memoryview) -> None:
+        """Copy all tensors into a buffer of at least `num_bytes`; the state may change then."""
+        targets = [_view(buffer, *place) for place in self._places]
+        if targets:
+            torch._foreach_copy_(targets, [tensor.detach() for tensor in self._tensors])
 
 
-def _view(buffer: npt.NDArray[np.uint8], dtype: str, shape: list[int], offset: int) -> Tensor:
-    count = int(np.prod(shape, dtype=np.int64))
+def unflatten(header: bytes, buffer: memoryview) -> dict[str, Any]:
+    """Return the tree; its tensors are views of the buffer, which must be writable or stay."""
+    content = json.loads(header)
+    tensors = [_view(buffer, *place) for place in content["tensors"]]
+    tree: dict[str, Any] = _put_back(content["tree"], tensors)
+    return tree
+
+
+def _view(buffer: memoryview, dtype: str, shape: list[int], offset: int) -> Tensor:
+    count = math.prod(shape)
     if not count:
         return torch.empty(shape, dtype=_DTYPES[dtype])
-    # frombuffer, not a slice: each tensor gets a storage of its own, so torch.save writes it alone.
     flat = torch.frombuffer(buffer, dtype=_DTYPES[dtype], count=count, offset=offset)
     return flat.view(shape)
 
@@ -72,13 +67,13 @@ def _take_out(value: Any, tensors: list[Tensor]) -> Any:
     """Replace tensors by their number, and say the kind of every container."""
     if isinstance(value, Tensor) and str(value.dtype) in _DTYPES:
         tensors.append(value)
-        return {_KIND: "tensor", "at": len(tensors) - 1}
+        return {KIND: "tensor", "at": len(tensors) - 1}
     if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
         items = [[key, _take_out(each, tensors)] for key, each in value.items()]
-        return {_KIND: "dict", "items": items}
+        return {KIND: "dict", "items": items}
     if isinstance(value, list | tuple):
         items = [_take_out(each, tensors) for each in value]
-        return {_KIND: "tuple" if isinstance(value, tuple) else "list", "items": items}
+        return {KIND: "tuple" if isinstance(value, tuple) else "list", "items": items}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"a snapshot holds tensors and plain values, not {type(value).__name__}")
@@ -87,7 +82,7 @@ def _take_out(value: Any, tensors: list[Tensor]) -> Any:
 def _put_back(value: Any, tensors: list[Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
-    match value[_KIND]:
+    match value[KIND]:
         case "tensor":
             return tensors[value["at"]]
         case "dict":

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trm_dist.checkpoint.archive import encode
 from trm_dist.checkpoint.names import parse_epoch_name
-from trm_dist.checkpoint.seal import seal, verify_seal
+from trm_dist.checkpoint.seal import Piece, verify_seal
+from trm_dist.checkpoint.snapshot import Flat
 from trm_dist.errors import CorruptCheckpointError
 from trm_dist.progress import COUNTERS
 
@@ -28,29 +30,13 @@ KEYS = frozenset(COUNTERS) | {
 _DIGEST_SECTIONS = ("model_state_dict", "ema_state_dict", "optimizer_state_dict")
 
 
-def to_bytes(state: dict[str, Any]) -> tuple[memoryview, dict[str, Any]]:
-    """Return a checkpoint's sealed bytes and the summary in its seal.
-
-    Args:
-        state: The state, with every key of KEYS; not changed.
-    """
-    assert state.keys() == KEYS, state.keys() ^ KEYS
-    return sealed(state), summarize(state)
-
-
-def summarize(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the seal says of a content with counters and a run."""
-    return {name: content[name] for name in (*COUNTERS, "format_version")} | {
-        name: content["run"][name]
-        for name in ("run_id", "branch", "origin", "created_at", "launch_id", "origin_url")
-    }
-
-
-def sealed(content: dict[str, Any], summary: dict[str, Any] | None = None) -> memoryview:
-    """Serialize any content that `torch.load` can read, and seal it."""
-    stream = io.BytesIO()
-    torch.save(content, stream)
-    return seal(stream, summarize(content) if summary is None else summary)
+def sealed(content: dict[str, Any]) -> list[Piece]:
+    """Return any content of tensors and plain values as a sealed file that `torch.load` reads."""
+    flat = Flat(content)
+    buffer = memoryview(bytearray(flat.num_bytes))
+    flat.copy_to(buffer)
+    pieces, _ = encode(flat.header, buffer)
+    return pieces
 
 
 def from_bytes(data: bytes | memoryview) -> dict[str, Any]:

@@ -8,22 +8,31 @@ fsspec's own local writes truncate in place and never reach the disk for sure, s
 does the four steps itself: write aside, flush to disk, rename, flush the directory.
 """
 
+import errno
 import fcntl
 import os
 import secrets
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from trm_dist.errors import ConfigError
-
 HIDDEN = ".trm_dist"
 """Folder of a store for everything that is not a checkpoint."""
 
+LOCK_WAIT_S = 30.0
+"""How long another process may hold the lock of a directory, which it needs for microseconds."""
+
 _TEMPORARY = "tmp-"
+
+Guard = Callable[[], None]
+"""Asked last, right before new content becomes visible; raises to keep the old one."""
+
+
+def unguarded() -> None:
+    """Let any content become visible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +51,28 @@ class Store(Protocol):
 
     url: str
     """Location, for messages."""
+    identity: str
+    """Location, the same however it is spelled."""
 
     def entries(self) -> list[Entry]:
         """List the top level. A store that does not exist yet is empty; one that fails raises."""
         ...
 
     def read(self, name: str, start: int = 0, num_bytes: int | None = None) -> bytes:
-        """Read a range of a file.
+        """Read a range of a file; a negative `start` counts from its end.
 
         Raises:
             FileNotFoundError: There is no such file.
         """
         ...
 
-    def put(self, name: str, data: bytes | memoryview) -> None:
-        """Write a whole file: once this returns it is durable; before, the old one stands."""
+    def put(
+        self, name: str, pieces: Sequence[bytes | memoryview], guard: Guard = unguarded
+    ) -> None:
+        """Write a whole file, given as pieces in their order.
+
+        Once this returns it is durable; before, or when it raises, the old one stands.
+        """
         ...
 
     def put_if(self, name: str, data: bytes, expected: bytes | None) -> bool:
@@ -67,7 +83,7 @@ class Store(Protocol):
         """
         ...
 
-    def copy(self, source: str, target: str) -> None:
+    def copy(self, source: str, target: str, guard: Guard = unguarded) -> None:
         """Make `target` a real file with the content of `source`, atomically.
 
         Raises:
@@ -79,12 +95,12 @@ class Store(Protocol):
         """Remove a file; one that is already gone is fine."""
         ...
 
-    def claim(self, wait_s: float) -> bool:
-        """Become the only writer until this process ends.
+    def leftovers(self) -> list[str]:
+        """Name what writers that died have left unfinished."""
+        ...
 
-        Returns:
-            False when another live process has been the writer for all of `wait_s` seconds.
-        """
+    def remove_leftovers(self) -> None:
+        """Remove that. For the one writer only."""
         ...
 
     def check_writable(self) -> None:
@@ -101,7 +117,7 @@ class LocalStore:
 
     def __init__(self, path: str) -> None:
         self.url = path
-        self._claim: int | None = None
+        self.identity = os.path.realpath(path)
 
     def entries(self) -> list[Entry]:
         """List the files of the directory."""
@@ -117,33 +133,41 @@ class LocalStore:
     def read(self, name: str, start: int = 0, num_bytes: int | None = None) -> bytes:
         """Read a range of a file."""
         with open(self._path(name), "rb") as file:
-            file.seek(start)
+            file.seek(start if start >= 0 else max(0, os.fstat(file.fileno()).st_size + start))
             return file.read(-1 if num_bytes is None else num_bytes)
 
-    def put(self, name: str, data: bytes | memoryview) -> None:
+    def put(
+        self, name: str, pieces: Sequence[bytes | memoryview], guard: Guard = unguarded
+    ) -> None:
         """Write aside, flush, rename, flush the directory."""
         with self._temporary() as temporary:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
-                _write_all(descriptor, memoryview(data))
+                for piece in pieces:
+                    _write_all(descriptor, memoryview(piece))
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-            self._move_into_place(temporary, name)
+            self._move_into_place(temporary, name, guard)
 
     def put_if(self, name: str, data: bytes, expected: bytes | None) -> bool:
-        """Compare and write under a lock of the directory."""
-        with self._locked():
+        """Write with a guard that compares."""
+
+        def compare() -> None:
             try:
                 current: bytes | None = self.read(name)
             except FileNotFoundError:
                 current = None
             if current != expected:
-                return False
-            self.put(name, data)
-            return True
+                raise _ChangedError
 
-    def copy(self, source: str, target: str) -> None:
+        try:
+            self.put(name, [data], compare)
+        except _ChangedError:
+            return False
+        return True
+
+    def copy(self, source: str, target: str, guard: Guard = unguarded) -> None:
         """Make a hard link beside and rename it; copy where there are no links."""
         with self._temporary() as temporary:
             try:
@@ -151,32 +175,27 @@ class LocalStore:
             except FileNotFoundError:
                 raise
             except OSError:
-                self.put(target, self.read(source))
+                self.put(target, [self.read(source)], guard)
                 return
-            self._move_into_place(temporary, target)
+            self._move_into_place(temporary, target, guard)
 
     def delete(self, name: str) -> None:
         """Remove a file."""
         with suppress(FileNotFoundError):
             os.unlink(self._path(name))
 
-    def claim(self, wait_s: float) -> bool:
-        """Hold a lock that the kernel releases when this process ends, however it ends."""
-        os.makedirs(self._path(HIDDEN), exist_ok=True)
-        descriptor = os.open(self._path(f"{HIDDEN}/writer.lock"), os.O_RDWR | os.O_CREAT, 0o666)
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    os.close(descriptor)
-                    return False
-                time.sleep(0.05)
-        self._claim = descriptor
-        self._remove_leftovers()
-        return True
+    def leftovers(self) -> list[str]:
+        """Name the temporary files."""
+        try:
+            names = os.listdir(self._path(HIDDEN))
+        except FileNotFoundError:
+            return []
+        return [f"{HIDDEN}/{name}" for name in names if name.startswith(_TEMPORARY)]
+
+    def remove_leftovers(self) -> None:
+        """Remove the temporary files."""
+        for name in self.leftovers():
+            self.delete(name)
 
     def check_writable(self) -> None:
         """Write a nameless file into the directory, or into the one it would be made in."""
@@ -209,8 +228,10 @@ class LocalStore:
             with suppress(FileNotFoundError):
                 os.unlink(path)
 
-    def _move_into_place(self, temporary: str, name: str) -> None:
-        os.rename(temporary, self._path(name))
+    def _move_into_place(self, temporary: str, name: str, guard: Guard) -> None:
+        with self._locked():
+            guard()
+            os.rename(temporary, self._path(name))
         folder = os.open(os.path.dirname(self._path(name)), os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -219,16 +240,25 @@ class LocalStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        os.makedirs(self._path(HIDDEN), exist_ok=True)
-        with open(self._path(f"{HIDDEN}/lock"), "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        """Let no other process move a file into place meanwhile, so that a guard's answer holds."""
+        deadline = time.monotonic() + LOCK_WAIT_S
+        path = self._path(f"{HIDDEN}/lock")
+        with open(path, "ab") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise TimeoutError(
+                            errno.ETIMEDOUT, "another process keeps this lock", path
+                        ) from None
+                    time.sleep(0.01)
             yield
 
-    def _remove_leftovers(self) -> None:
-        """Remove temporary files of writers that died; only the one writer calls this."""
-        for name in os.listdir(self._path(HIDDEN)):
-            if name.startswith(_TEMPORARY):
-                self.delete(f"{HIDDEN}/{name}")
+
+class _ChangedError(Exception):
+    """A file does not hold what was expected."""
 
 
 def open_store(url: str) -> Store:
@@ -242,10 +272,13 @@ def open_store(url: str) -> Store:
         return LocalStore(url)
     if scheme in {"file", "local"}:
         return LocalStore(path)
-    raise ConfigError(
-        f"{url}: checkpoints can be kept in a local or mounted directory so far, and "
-        f"{scheme}:// is neither. Give a path."
-    )
+    if scheme in {"s3", "s3a"}:  # botocore and fsspec are imported only where they are needed
+        from trm_dist.checkpoint.s3 import S3Store
+
+        return S3Store(url)
+    from trm_dist.checkpoint.remote import RemoteStore
+
+    return RemoteStore(url)
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:

@@ -24,6 +24,17 @@ def is_under_agent(environment: Mapping[str, str]) -> bool:
     return "TORCHELASTIC_RUN_ID" in environment
 
 
+def guardian(environment: Mapping[str, str]) -> int:
+    """Return the process that may start workers again: the agent, or this one without any."""
+    return os.getppid() if is_under_agent(environment) else os.getpid()
+
+
+def will_restart(environment: Mapping[str, str]) -> bool:
+    """Tell whether the agent starts the workers again when they fail."""
+    count = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return count < int(environment.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
 def die_with_agent(environment: Mapping[str, str]) -> None:
     """Let the kernel kill this worker when its agent is gone.
 

@@ -42,6 +42,11 @@ class World:
         )
 
     @property
+    def is_first_of_node(self) -> bool:
+        """Whether this worker keeps the memory snapshots of its node."""
+        return self.local_rank == 0
+
+    @property
     def is_writer(self) -> bool:
         """Whether this worker writes checkpoints and speaks for the run."""
         return self.rank == 0
@@ -62,19 +67,21 @@ class Group:
             dist.all_reduce(values)
         return values
 
-    def broadcast(self, data: bytes) -> bytes:
-        """Send the writer's bytes to everyone; what others pass in is ignored."""
+    def broadcast(self, data: bytes | memoryview, source: int = 0) -> memoryview:
+        """Send one worker's bytes to everyone; what others pass in is ignored."""
         if self.world.size == 1:
-            return data
+            return memoryview(data)
+        is_source = self.world.rank == source
         size = torch.tensor([len(data)])
-        dist.broadcast(size, src=0)
-        if self.world.is_writer and data:
-            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        dist.broadcast(size, src=source)
+        if is_source and data:
+            writable = data if isinstance(data, memoryview) and not data.readonly else None
+            buffer = torch.frombuffer(writable or bytearray(data), dtype=torch.uint8)
         else:
             buffer = torch.empty(int(size), dtype=torch.uint8)
         if int(size):
-            dist.broadcast(buffer, src=0)
-        return buffer.numpy().tobytes()
+            dist.broadcast(buffer, src=source)
+        return buffer.numpy().data
 
     def barrier(self) -> None:
         """Wait for everyone."""

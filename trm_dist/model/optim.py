@@ -26,6 +26,13 @@ class Optimizer:
         self._adamw = torch.optim.AdamW(
             self._parameters, lr=lr, betas=BETAS, weight_decay=weight_decay, fused=True
         )
+        # The moments begin now and not at the first step, so that a state always has one layout.
+        for each in self._parameters:
+            self._adamw.state[each] = {
+                "step": torch.zeros((), dtype=torch.float32, device=each.device),
+                "exp_avg": torch.zeros_like(each),
+                "exp_avg_sq": torch.zeros_like(each),
+            }
 
     def clip(self) -> Tensor:
         """Scale the gradients down to the largest norm allowed.
@@ -60,14 +67,10 @@ class Optimizer:
         return self._adamw.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take moments and counters of a state; rates and decay stay what the settings say."""
-        settings = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in self._adamw.param_groups
-        ]
-        self._adamw.load_state_dict(state)
-        for group, own in zip(self._adamw.param_groups, settings, strict=True):
-            group.update(own)
+        """Copy moments and counters of a state; rates and decay stay what the settings say."""
+        for number, each in enumerate(self._parameters):
+            for name, value in state["state"].get(number, {}).items():
+                self._adamw.state[each][name].copy_(value)
 
     def scheduler_state_dict(self, global_step: int) -> dict[str, Any]:
         """Return the schedule, a pure function of the optimizer step, at this step."""

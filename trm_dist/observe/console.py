@@ -101,14 +101,14 @@ def _evaluated(event: events.Evaluated) -> str:
 def _committed(event: events.Committed) -> str:
     return (
         f"checkpoint committed batch={event.progress.batch_count} names={','.join(event.names)} "
-        f"bytes={event.num_bytes} seconds={event.seconds:.3f}"
+        f"bytes={event.num_bytes} seconds={event.seconds:.3f} waited={event.waited_s:.3f}"
     )
 
 
 def _commit_failed(event: events.CommitFailed) -> str:
     return (
         f"checkpoint not committed ({event.error}); failures={event.num_failures} "
-        f"next try in {event.retry_in_s:.0f} s; training goes on"
+        f"next try in {event.retry_in_s:.0f} s; nothing is lost"
     )
 
 

@@ -1,0 +1,268 @@
+"""What saving costs training, beside what else there is. Prints ratios; nothing is asserted.
+
+    python -m tests.benchmarks.saving stop        how long the training thread stands still
+    python -m tests.benchmarks.saving throughput  training with a save every 20 steps against none
+    torchrun --nproc_per_node=2 -m tests.benchmarks.saving throughput
+
+Ways to save are interleaved in one process and medians are printed with their quartiles. Lightning
+takes part where it is installed (`make bench-saving` sees to that). Nothing else may compute
+meanwhile.
+"""
+
+import importlib.util
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from trm_dist.checkpoint.client import PersisterClient
+from trm_dist.checkpoint.manager import CheckpointManager, Snapshots
+from trm_dist.checkpoint.memory import remove_if_unlocked, take_slots
+from trm_dist.checkpoint.runs import Run
+from trm_dist.checkpoint.snapshot import Flat
+from trm_dist.config import CheckpointConfig
+from trm_dist.elastic.world import Group, World, form_group
+from trm_dist.progress import Progress
+
+Save = Callable[[], None]
+
+
+class Way:
+    """One way to save: what stops training, and what waits until the last one is durable."""
+
+    def __init__(self, name: str, save: Save, settle: Save = lambda: None) -> None:
+        self.name, self.save, self.settle = name, save, settle
+
+
+class Ours:
+    """Snapshots in /dev/shm and the persister, as the trainer uses them."""
+
+    def __init__(self, directory: str, state: dict[str, Any]) -> None:
+        self._state = state
+        self._count = 0
+        flat = Flat(self._tree())
+        size = {"header_bytes": len(flat.header) + 4096, "body_bytes": flat.num_bytes}
+        self._slots = take_slots("/dev/shm", directory, num_slots=3, **size)
+        client = PersisterClient(directory, directory, os.getpid())
+        client.open(Run.fresh("bench"), deadline_s=60.0, keep_last=2, keep_every=0)
+        client.attach(self._slots)
+        # A name of its own each time, so that every save is a whole file and a link to it.
+        config = CheckpointConfig(checkpoint_interval=1)
+        self._manager = CheckpointManager(
+            Snapshots(self._slots), client, config, lambda event: None
+        )
+
+    def save(self) -> None:
+        self._count += 1
+        self._manager.capture(self._tree())
+        self._manager.save_if_due()
+
+    def settle(self) -> None:
+        self._manager.save_newest(60.0)
+
+    def close(self) -> None:
+        self._manager.close()
+        remove_if_unlocked(self._slots)
+
+    def _tree(self) -> dict[str, Any]:
+        progress = Progress(batch_idx=self._count + 1, batch_count=self._count + 1)
+        run = Run.fresh("bench").summary()
+        return self._state | progress.as_dict() | {"run": run, "format_version": 1}
+
+
+def ways(directory: str, state: dict[str, Any], tensors: list[Tensor]) -> tuple[list[Way], Ours]:
+    ours = Ours(f"{directory}/ours", state)
+    targets = [torch.zeros_like(each) for each in tensors]
+
+    def to_file(content: Any, path: str) -> None:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+
+    stager = DefaultStager(
+        StagingOptions(
+            use_pinned_memory=False,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=False,
+        )
+    )
+    pending: list[Any] = []
+
+    def dcp_async() -> None:
+        settle_dcp()
+        pending.append(dcp.async_save(
+            state, checkpoint_id=f"{directory}/dcp_async", async_stager=stager, no_dist=True
+        ))  # fmt: skip
+
+    def settle_dcp() -> None:
+        while pending:
+            future = pending.pop()
+            getattr(future, "upload_completion", future).result()
+
+    found = [
+        Way("plain copy", lambda: torch._foreach_copy_(targets, tensors)),
+        Way("trm_dist", ours.save, ours.settle),
+        Way("torch.save + fsync", lambda: to_file(state, f"{directory}/plain.pt")),
+        Way("DCP save", lambda: dcp.save(state, checkpoint_id=f"{directory}/dcp", no_dist=True)),
+        Way("DCP async_save, re-used stager", dcp_async, settle_dcp),
+    ]
+    return found + _lightning(directory, state), ours
+
+
+def _lightning(directory: str, state: dict[str, Any]) -> list[Way]:
+    if importlib.util.find_spec("lightning") is None:
+        print("Lightning is not installed here and takes no part.")
+        return []
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+
+    plain, threaded = TorchCheckpointIO(), AsyncCheckpointIO(TorchCheckpointIO())
+    futures: list[Any] = []
+
+    def save_threaded() -> None:
+        threaded.save_checkpoint(state, f"{directory}/lightning_async.ckpt")
+        futures.append(threaded._executor.submit(lambda: None))
+
+    def settle() -> None:
+        while futures:
+            futures.pop().result()
+
+    return [
+        Way("Lightning ModelCheckpoint's file", lambda: plain.save_checkpoint(
+            state, f"{directory}/lightning.ckpt")),
+        Way("Lightning AsyncCheckpointIO", save_threaded, settle),
+    ]  # fmt: skip
+
+
+def _state_of(tensors: list[Tensor]) -> dict[str, Any]:
+    return {"model_state_dict": {str(number): each for number, each in enumerate(tensors)}}
+
+
+def stop(sizes_mib: tuple[int, ...] = (1, 10, 112, 1024), repetitions: int = 9) -> None:
+    """Print how long the training thread stands still for a save of each size."""
+    for size in sizes_mib:
+        tensors = [torch.randn(size * 2**18 // 60) for _ in range(60)]
+        with tempfile.TemporaryDirectory(dir=os.getcwd()) as directory:
+            found, ours = ways(directory, _state_of(tensors), tensors)
+            took: dict[str, list[float]] = {way.name: [] for way in found}
+            for number in range(repetitions + 1):
+                for way in found:
+                    started = time.perf_counter()
+                    way.save()
+                    stopped = time.perf_counter() - started
+                    way.settle()
+                    if number:  # the first warms up
+                        took[way.name].append(stopped)
+            ours.close()
+        copy = statistics.median(took["plain copy"])
+        print(f"\nstate of {size} MiB; a plain copy takes {1e3 * copy:.3f} ms")
+        for name, values in took.items():
+            low, middle, high = statistics.quantiles(values, n=4)
+            print(f"  {name:34} {1e3 * middle:9.3f} ms ({1e3 * low:.3f} to {1e3 * high:.3f})"
+                  f"  {middle / copy:7.2f}x")  # fmt: skip
+
+
+class Loop:
+    """A training loop of 7.35 M weights with AdamW and averages, alone or under DDP."""
+
+    def __init__(self, world: World) -> None:
+        torch.manual_seed(0)
+        layers = [each for _ in range(7) for each in (nn.Linear(1024, 1024), nn.GELU())]
+        module = nn.Sequential(*layers)
+        self._net = nn.parallel.DistributedDataParallel(module) if world.size > 1 else module
+        self._weights = [each.detach() for each in module.parameters()]
+        self._optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+        self._averages = [each.clone() for each in self._weights]
+        self._rows = torch.randn(256 // world.size, 1024)
+
+    def step(self) -> None:
+        self._optimizer.zero_grad()
+        self._net(self._rows).pow(2).mean().backward()
+        self._optimizer.step()
+        torch._foreach_lerp_(self._averages, self._weights, 0.01)
+
+    def tensors(self) -> list[Tensor]:
+        states = self._optimizer.state.values()
+        moments = [each[name] for each in states for name in ("exp_avg", "exp_avg_sq")]
+        return self._weights + moments + self._averages
+
+
+def throughput(blocks: int = 12, steps: int = 60, every: int = 20) -> None:
+    """Print the speed of training with a save every so many steps, against none."""
+    torch.set_num_threads(1)
+    world = World.from_environment(os.environ)
+    group = form_group(world, os.environ)
+    loop = Loop(world)
+    for _ in range(3):
+        loop.step()
+    tensors = loop.tensors()
+    directory = tempfile.mkdtemp(dir=os.getcwd()) if world.is_writer else ""
+    found, ours = [Way("no saves", lambda: None)], None
+    if world.is_writer:
+        more, ours = ways(directory, _state_of(tensors), tensors)
+        found += [way for way in more if way.name != "plain copy"]
+    count = int(group.sum_(torch.tensor([len(found) if world.is_writer else 0])))
+    if not world.is_writer:
+        found *= count
+    took: dict[int, list[float]] = {number: [] for number in range(count)}
+    for block in range(blocks + 1):
+        for number in list(range(count))[:: 1 if block % 2 else -1]:
+            seconds = _run(loop, group, found[number], steps, every)
+            if block:  # the first warms up
+                took[number].append(seconds / steps)
+    if ours is not None:
+        _print_speeds(found, took, f"world size {world.size}, {os.cpu_count()} cores, "
+                      f"state of {sum(each.nbytes for each in tensors) / 2**20:.0f} MiB, a save "
+                      f"every {every} steps, {blocks} blocks of {steps} steps each")  # fmt: skip
+        ours.close()
+        shutil.rmtree(directory)
+    group.barrier()
+    os._exit(0)
+
+
+def _run(loop: Loop, group: Group, way: Way, steps: int, every: int) -> float:
+    """Return how long some steps take with saves in between; the last may still be written."""
+    group.barrier()
+    started = time.perf_counter()
+    for each in range(1, steps + 1):
+        loop.step()
+        if each % every == 0:
+            way.save()
+    group.barrier()
+    seconds = time.perf_counter() - started
+    way.settle()
+    group.barrier()
+    return seconds
+
+
+def _print_speeds(found: list[Way], took: dict[int, list[float]], setting: str) -> None:
+    base = took[0]
+    print(f"\n{setting}; a step without saves takes {1e3 * statistics.median(base):.1f} ms")
+    for number, way in enumerate(found):
+        ratios = sorted(b / t for b, t in zip(base, took[number], strict=True))
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        print(f"  {way.name:34} {middle:.4f} of the speed ({low:.4f} to {high:.4f})")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["stop"]:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        stop()
+        os._exit(0)
+    elif sys.argv[1:] == ["throughput"]:
+        throughput()
+    else:
+        sys.exit(__doc__)

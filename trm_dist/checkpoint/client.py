@@ -1,0 +1,253 @@
+"""The trainer's end of the persister: start or adopt it, hand it snapshots, hear of commits.
+
+A persister that dies is started again with what it had not finished; the trainer never notices.
+"""
+
+import json
+import logging
+import os
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from hashlib import blake2b
+from typing import IO, Any
+
+from trm_dist.checkpoint.memory import Slots, reopened
+from trm_dist.checkpoint.persister import MAX_MESSAGE_BYTES
+from trm_dist.checkpoint.runs import Run
+from trm_dist.errors import FencedError
+
+logger = logging.getLogger(__name__)
+
+START_S = 30.0
+"""How long a new persister may take until it listens."""
+
+_TELL_EVERY_S = 10.0
+_POLL_S = 0.01
+_MEND_EVERY_S = 5.0
+_MOST_STARTS = 5
+
+
+class PersisterClient:
+    """A connection that mends itself."""
+
+    def __init__(self, url: str, identity: str, guardian: int) -> None:
+        """Name the persister; nothing is started yet.
+
+        Args:
+            url: Of the store.
+            identity: Of the store; there is one persister for each on a node.
+            guardian: Process after whose end nobody will adopt the persister any more.
+        """
+        name = blake2b(f"{os.getuid()} {identity}".encode(), digest_size=8).hexdigest()
+        self._address = f"trm_dist-persister-{name}"
+        self._url, self._guardian = url, guardian
+        self._socket: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._opening: dict[str, Any] = {}
+        self._slots: Slots | None = None
+        self._asked: list[dict[str, Any]] = []
+        self._mend_at_s = 0.0
+        self._complaints: IO[bytes] | None = None
+        """What a persister of ours says before it dies; nobody else would hear it."""
+
+    def open(self, run: Run, *, deadline_s: float, keep_last: int, keep_every: int) -> Run:
+        """Become the only writer of a run.
+
+        Returns:
+            The run with the generation that is ours now.
+
+        Raises:
+            OSError: The store cannot be written, or no persister could be started.
+        """
+        self._opening = {
+            "do": "open", "url": self._url, "run": asdict(run), "guardian": self._guardian,
+            "deadline_s": deadline_s, "keep_last": keep_last, "keep_every": keep_every,
+        }  # fmt: skip
+        return self._start()
+
+    def attach(self, slots: Slots) -> list[dict[str, Any]]:
+        """Let snapshots be published from these slots.
+
+        Returns:
+            Jobs of the trainer before, in the same slots, that are still at work.
+        """
+        self._slots = slots
+        try:
+            return self._attach()
+        except ConnectionError:
+            self._start()
+            return []
+
+    def publish(
+        self, slot: int, sequence: int, names: list[str], *, is_urgent: bool = False
+    ) -> None:
+        """Ask for a snapshot to be published; its slot stays as it is until it is committed."""
+        job = {"slot": slot, "sequence": sequence, "names": names, "is_urgent": is_urgent}
+        self._asked.append(job)
+        if self._socket is not None:
+            try:
+                self._send({"do": "publish"} | job)
+            except OSError:
+                self._mend()
+
+    def events(self, wait_s: float = 0.0) -> list[dict[str, Any]]:
+        """Return what became of jobs, waiting a while for the first.
+
+        Raises:
+            FencedError: Another writer has taken over.
+        """
+        found: list[dict[str, Any]] = []
+        if self._socket is None and time.monotonic() < self._mend_at_s:
+            time.sleep(min(wait_s, self._mend_at_s - time.monotonic()))
+            return found
+        try:
+            if self._socket is None:
+                raise ConnectionError("it could not be started")
+            while message := self._receive(0.0 if found else wait_s):
+                found.append(message)
+        except ConnectionError:
+            found += self._mend()
+        for each in found:
+            if each["is"] == "committed":
+                self._asked = [
+                    job for job in self._asked
+                    if (job["slot"], job["sequence"]) != (each["slot"], each["sequence"])
+                ]  # fmt: skip
+        return found
+
+    def close(self) -> None:
+        """Tell the persister that nothing is left to do."""
+        if self._socket is not None:
+            with suppress(OSError):
+                self._send({"do": "bye"})
+            self._socket.close()
+            self._socket = None
+        if self._complaints is not None:
+            self._complaints.close()
+            self._complaints = None
+
+    # -- the connection ----------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        deadline = time.monotonic() + START_S
+        while True:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                connection.connect(f"\0{self._address}")
+                self._socket = connection
+                return
+            except ConnectionRefusedError:
+                connection.close()
+            if self._process is None or self._process.poll() is not None:
+                if self._complaints is None:
+                    self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 until close
+                self._process = subprocess.Popen(  # noqa: S603 our own module
+                    [sys.executable, "-m", "trm_dist.checkpoint.persister", self._address],
+                    # A pipe that it held open would keep the reader of torchrun's output waiting.
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._complaints,
+                    start_new_session=True,
+                )  # fmt: skip
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"no persister could be started within {START_S:.0f} s")
+            time.sleep(_POLL_S)
+
+    def _open(self) -> Run:
+        self._send(self._opening)
+        answer = self._answer("opened", "refused")
+        if answer["is"] == "refused":
+            raise OSError(answer["error"])
+        return Run(**answer["run"])
+
+    def _attach(self) -> list[dict[str, Any]]:
+        assert self._slots is not None, "known"
+        assert self._socket is not None, "connected"
+        descriptor = reopened(self._slots)
+        try:
+            socket.send_fds(self._socket, [b'{"do": "attach"}'], [descriptor])
+        finally:
+            os.close(descriptor)
+        busy: list[dict[str, Any]] = self._answer("attached")["busy"]
+        return busy
+
+    def _start(self) -> Run:
+        """Connect, open, attach and ask for everything again that is not committed."""
+        for _ in range(_MOST_STARTS):
+            try:
+                self._connect()
+                run = self._open()
+                if self._slots is not None:
+                    self._attach()
+                for job in self._asked:
+                    self._send({"do": "publish"} | job)
+                return run
+            except ConnectionError:  # it was about to end
+                continue
+        raise OSError(f"the persister ends again and again{self._complaint()}")
+
+    def _mend(self) -> list[dict[str, Any]]:
+        """Start over after the persister has ended; a store that refuses now is tried again.
+
+        Raises:
+            FencedError: That was its last word; connecting again would fence the newer trainer.
+        """
+        self._hear_last_words()
+        logger.warning("the persister is gone and is replaced%s", self._complaint())
+        try:
+            self._start()
+            return []
+        except OSError as error:
+            self._socket, self._mend_at_s = None, time.monotonic() + _MEND_EVERY_S
+            failed = {"is": "failed", "error": str(error), "num_failures": 1}
+            return [failed | {"retry_in_s": _MEND_EVERY_S}]
+
+    def _hear_last_words(self) -> None:
+        """Read what still lies in the socket; an error of the connection comes before it."""
+        for _ in range(2):
+            with suppress(ConnectionError):
+                while self._socket is not None and self._receive(0.0):
+                    pass
+
+    def _complaint(self) -> str:
+        if self._complaints is None:
+            return ""
+        self._complaints.seek(0)
+        said = self._complaints.read().decode(errors="replace").strip()
+        self._complaints.truncate(0)
+        return f": {said.splitlines()[-1]}" if said else ""
+
+    def _send(self, content: Mapping[str, Any]) -> None:
+        assert self._socket is not None, "connected"
+        self._socket.send(json.dumps(content).encode())
+
+    def _receive(self, wait_s: float) -> dict[str, Any] | None:
+        """Return the next message; None if none comes in time.
+
+        Raises:
+            ConnectionError: The persister has ended.
+        """
+        assert self._socket is not None, "connected"
+        if not select.select([self._socket], [], [], wait_s)[0]:
+            return None
+        data = self._socket.recv(MAX_MESSAGE_BYTES)
+        if not data:
+            raise ConnectionError("the persister has ended")
+        message: dict[str, Any] = json.loads(data)
+        if message["is"] == "fenced":
+            raise FencedError(message["error"])
+        return message
+
+    def _answer(self, *kinds: str) -> dict[str, Any]:
+        """Wait for an answer of these kinds; what became of jobs before it is old news."""
+        while True:
+            message = self._receive(_TELL_EVERY_S)
+            if message is None:
+                logger.warning("waiting for the persister, which is busy with %s", self._url)
+            elif message["is"] in kinds:
+                return message

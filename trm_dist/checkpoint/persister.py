@@ -1,0 +1,303 @@
+"""The persister: a process of its own that publishes snapshots from shared memory.
+
+One for each store on a node. It is in no worker's process group and dies with none: an upload in
+flight goes on while torchrun restarts the workers, and the next writer there adopts it. When its
+trainer dies it publishes the newest snapshot by itself. It ends when it is told to, or when there
+is nothing left to do and nobody left to come back.
+
+It listens on an abstract socket, whose name is free again the moment it ends, however it ends.
+Messages are JSON, one a packet:
+
+    {"do": "open", "url", "run", "guardian", ...}      -> {"is": "opened", "generation"}
+    {"do": "attach"} with the slots' descriptor        -> {"is": "attached", "busy": [slots]}
+    {"do": "publish", "slot", "sequence", "names"}     -> {"is": "committed" | "failed" | "fenced"}
+    {"do": "bye"}
+"""
+
+import asyncio
+import errno
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+import traceback
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
+
+from trm_dist.checkpoint.archive import plain
+from trm_dist.checkpoint.memory import Slots, remove_if_unlocked
+from trm_dist.checkpoint.runs import Run, claim
+from trm_dist.checkpoint.store import open_store
+from trm_dist.checkpoint.writer import Writer
+from trm_dist.errors import FencedError
+
+MAX_MESSAGE_BYTES = 1 << 17
+FIRST_CLIENT_S = 30.0
+"""How long a new persister waits for whoever has started it."""
+
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 60.0
+
+_NICENESS = 10
+"""Training comes first: on a node without a spare core it is slowed down less."""
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One snapshot to publish; it keeps the writer and the slots it was asked of."""
+
+    writer: Writer
+    slots: Slots
+    slot: int
+    sequence: int
+    names: list[str]
+    is_urgent: bool = False
+
+    def describe(self) -> dict[str, Any]:
+        """Say which job it is."""
+        return {"slot": self.slot, "sequence": self.sequence}
+
+
+class Persister:
+    """The state of the process: a client at most, a queue of jobs, and whom it waits for."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._client: socket.socket | None = None
+        self._guardian: int | None = None
+        self._deadline_s = 0.0
+        self._writer: Writer | None = None
+        self._slots: Slots | None = None
+        self._published = 0
+        self._jobs: list[Job] = []
+        self._running: Job | None = None
+        self._wake = asyncio.Event()
+        self._storing = asyncio.Lock()
+        self._ended = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until there is nothing and nobody left."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._listener, self._accept)
+        loop.call_later(FIRST_CLIENT_S, self._end_if_done)
+        working = asyncio.create_task(self._work())
+        ending = asyncio.create_task(self._ended.wait())
+        await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            working.result()
+
+    # -- the client --------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        """Serve a new client; the older one is told that it has been replaced."""
+        client, _ = self._listener.accept()
+        user = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1]
+        if user != os.getuid():
+            client.close()
+            return
+        if self._client is not None:
+            self._tell({
+                "is": "fenced",
+                "error": "another trainer on this node has taken over the run; this one stops",
+            })  # fmt: skip
+            self._hang_up()
+        self._client = client
+        asyncio.get_running_loop().add_reader(client, self._receive, client)
+
+    def _receive(self, client: socket.socket) -> None:
+        try:
+            message, descriptors, *_ = socket.recv_fds(client, MAX_MESSAGE_BYTES, 1)
+        except OSError:
+            message, descriptors = b"", []
+        if not message:
+            self._hang_up()
+            self._publish_what_is_left()
+            self._end_if_done()
+            return
+        content = json.loads(message)
+        match content.pop("do"):
+            case "open":
+                task = asyncio.create_task(self._open(**content))
+                task.add_done_callback(_raise)
+            case "attach":
+                self._attach(Slots(descriptors[0]))
+            case "publish":
+                assert self._writer is not None, "opened"
+                assert self._slots is not None, "attached"
+                self._jobs.append(Job(self._writer, self._slots, **content))
+                self._wake.set()
+            case "bye":
+                self._hang_up()
+                self._forget_guardian()
+                self._end_if_done()
+
+    async def _open(
+        self, *, url: str, run: dict[str, Any], guardian: int, deadline_s: float,
+        keep_last: int, keep_every: int,
+    ) -> None:  # fmt: skip
+        """Become the writer of a run, unless we are it already."""
+        self._deadline_s = deadline_s
+        asked, writer = Run(**run), self._writer
+        try:
+            store = await asyncio.to_thread(open_store, url)
+            if writer is not None and writer.run.is_that_of(run):
+                claimed = writer.run
+            else:
+                self._jobs.clear()  # of a run that nobody wants any more
+                async with self._storing:
+                    claimed = await asyncio.to_thread(claim, store, asked)
+                    await asyncio.to_thread(store.remove_leftovers)
+            self._writer = Writer(store, claimed, keep_last=keep_last, keep_every=keep_every)
+        except Exception as error:  # noqa: BLE001 whatever it is, the client must hear of it
+            self._tell({"is": "refused", "error": str(error) or repr(error)})
+            return
+        self._watch(guardian)
+        self._tell({"is": "opened", "run": asdict(claimed)})
+
+    def _attach(self, slots: Slots) -> None:
+        """Publish from these slots from now on; they may be those of the trainer before."""
+        old = self._slots
+        if old is not None and os.path.sameopenfile(old.descriptor, slots.descriptor):
+            os.close(slots.descriptor)
+            busy = [job.describe() for job in self._jobs]
+        else:
+            self._slots, self._published, busy = slots, 0, []
+        self._tell({"is": "attached", "busy": busy})
+
+    def _tell(self, content: dict[str, Any]) -> None:
+        if self._client is not None:
+            with suppress(OSError):  # it is gone, which its end of the socket will say
+                self._client.send(json.dumps(content).encode())
+
+    def _hang_up(self) -> None:
+        if self._client is not None:
+            asyncio.get_running_loop().remove_reader(self._client)
+            self._client.close()
+            self._client = None
+
+    # -- whom we wait for --------------------------------------------------------------------------
+
+    def _watch(self, guardian: int) -> None:
+        """Learn when a process has ended, through a descriptor of it."""
+        self._forget_guardian()
+        with suppress(OSError):  # it has ended
+            self._guardian = os.pidfd_open(guardian)
+            asyncio.get_running_loop().add_reader(self._guardian, self._lose_guardian)
+
+    def _forget_guardian(self) -> None:
+        if self._guardian is not None:
+            asyncio.get_running_loop().remove_reader(self._guardian)
+            os.close(self._guardian)
+            self._guardian = None
+
+    def _lose_guardian(self) -> None:
+        self._forget_guardian()
+        self._end_if_done()
+
+    def _is_done(self) -> bool:
+        return self._client is None and self._guardian is None and not self._jobs
+
+    def _end_if_done(self) -> None:
+        if self._is_done():
+            self._ended.set()
+
+    def _publish_what_is_left(self) -> None:
+        """Publish the newest snapshot of a trainer that is gone."""
+        newest = self._slots.newest() if self._slots else None
+        if newest is None or self._slots is None or self._writer is None:
+            return
+        if not self._writer.run.is_that_of(plain(json.loads(newest.header)["tree"])["run"]):
+            return  # the trainer has died before its first capture
+        known = max([self._published, *(job.sequence for job in self._jobs)])
+        if newest.sequence > known:
+            # What is older has nothing more to give, unless it has a name of its own to get.
+            self._jobs = [each for each in self._jobs if each.names or each is self._running]
+            job = Job(self._writer, self._slots, newest.slot, newest.sequence, [], is_urgent=True)
+            self._jobs.append(job)
+            self._wake.set()
+
+    # -- the work ----------------------------------------------------------------------------------
+
+    async def _work(self) -> None:
+        """Publish job after job; one that fails is tried again after a pause."""
+        num_failures, failing_since_s = 0, 0.0
+        loop = asyncio.get_running_loop()
+        while True:
+            self._wake.clear()
+            if not self._jobs:
+                await self._wake.wait()
+                continue
+            job = next((each for each in self._jobs if each.is_urgent), self._jobs[0])
+            self._running = job
+            try:
+                await self._publish(job)
+                num_failures = 0
+                continue
+            except FencedError as error:
+                self._tell({"is": "fenced", "error": str(error)})
+                self._ended.set()
+                return
+            except Exception as error:  # noqa: BLE001 any failure of a store is tried again
+                failing_since_s = failing_since_s if num_failures else loop.time()
+                pause_s = min(FIRST_PAUSE_S * 2**num_failures, LONGEST_PAUSE_S)
+                num_failures += 1
+                self._tell(job.describe() | {
+                    "is": "failed", "error": str(error) or repr(error),
+                    "num_failures": num_failures, "retry_in_s": pause_s,
+                })  # fmt: skip
+            if self._client is None and loop.time() - failing_since_s > self._deadline_s:
+                self._ended.set()
+                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), pause_s)
+
+    async def _publish(self, job: Job) -> None:
+        held = job.slots.read(job.slot)
+        is_there = held is not None and held.sequence == job.sequence
+        if held is not None and is_there:
+            async with self._storing:
+                commit = await asyncio.to_thread(job.writer.commit, held, job.names)
+            if job.slots is self._slots:
+                self._published = max(self._published, job.sequence)
+            self._tell(job.describe() | {"is": "committed", **asdict(commit)})
+        with suppress(ValueError):  # a run that nobody wants any more was cleared meanwhile
+            self._jobs.remove(job)
+        if self._is_done() and is_there:
+            remove_if_unlocked(job.slots)
+        self._end_if_done()
+
+
+def _raise(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.result()
+
+
+def main(address: str) -> NoReturn:
+    """Serve at an abstract address; one that is taken has another persister, which is enough."""
+    # Whoever ends a whole session or job means the trainers; this process ends when it is done.
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        listener.bind(f"\0{address}")
+    except OSError as error:
+        os._exit(error.errno != errno.EADDRINUSE)
+    listener.listen()
+    os.nice(_NICENESS)
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    code = 0
+    try:
+        loop.run_until_complete(Persister(listener).run())
+    except Exception:  # noqa: BLE001 whoever has started it reads this
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)  # no thread that waits for a store may keep it
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
