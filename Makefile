@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test test-unit test-elastic test-s3 soak bench-saving lint type layers check
+.PHONY: setup train test test-unit test-elastic test-s3 soak bench-checkpoints lint type layers check
 
 setup: $(READY)
 
@@ -32,11 +32,14 @@ test-elastic: $(READY)
 test-s3: $(READY)
 	$(BIN)/python -m pytest tests/s3
 
-# What saving costs training, beside torch.save, DCP and Lightning. Nothing else may compute.
-bench-saving: .venv-bench/.ready
+# What saving and resuming cost, beside torch.save, DCP, Lightning and raw transfers. Nothing else
+# may compute meanwhile.
+bench-checkpoints: .venv-bench/.ready
 	.venv-bench/bin/python -m tests.benchmarks.saving stop
 	.venv-bench/bin/python -m tests.benchmarks.saving throughput
 	.venv-bench/bin/torchrun --nproc_per_node=2 -m tests.benchmarks.saving throughput
+	.venv-bench/bin/python -m tests.benchmarks.loading resume
+	.venv-bench/bin/python -m tests.benchmarks.loading s3
 
 .venv-bench/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench

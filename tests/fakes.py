@@ -33,6 +33,9 @@ class MemoryStore:
         data = self._existing(name)[start:]
         return data if num_bytes is None else data[:num_bytes]
 
+    def view(self, name: str) -> memoryview:
+        return memoryview(bytearray(self.read(name)))
+
     def put(
         self, name: str, pieces: Sequence[bytes | memoryview], guard: Guard = unguarded
     ) -> None:

@@ -87,7 +87,7 @@ def inspect_checkpoint(arguments: InspectArguments) -> int:
     store, names = _checkpoints_at(arguments.path)
     name = names[-1]
     try:
-        state = from_bytes(store.read(name))
+        state = from_bytes(store.view(name))
     except CorruptCheckpointError as error:
         tell(f"{name} is damaged: {error}. `trm_dist verify` names the good ones.")
         return EXIT_GAVE_UP
@@ -119,7 +119,7 @@ def verify_checkpoints(arguments: VerifyArguments) -> int:
     damage = {}
     for name in names:
         with suppress(FileNotFoundError):  # a run that goes on may let it go meanwhile
-            damage[name] = find_damage(store.read(name), name)
+            damage[name] = find_damage(store.view(name), name)
     if arguments.json:
         say(json.dumps([
             {"name": name, "is_good": not found, "damage": found} for name, found in damage.items()

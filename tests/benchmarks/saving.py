@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=2 -m tests.benchmarks.saving throughput
 
 Ways to save are interleaved in one process and medians are printed with their quartiles. Lightning
-takes part where it is installed (`make bench-saving` sees to that). Nothing else may compute
+takes part where it is installed (`make bench-checkpoints` sees to that). Nothing else may compute
 meanwhile.
 """
 

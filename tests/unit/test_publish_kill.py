@@ -66,8 +66,8 @@ def publish_batch(store: LocalStore, batch_count: int, own_names: list[str]) -> 
     return publish(store, pieces, own_names=own_names, summary=summary, guard=guard_of(store, RUN))
 
 
-def killer(line: int) -> Callable[[FrameType, str, Any], Any]:
-    """Return a trace function that kills this process before the n-th line of the traced files."""
+def killer(line: int, traced: set[str]) -> Callable[[FrameType, str, Any], Any]:
+    """Return a trace function that kills this process before the n-th line of some files."""
     num_lines = 0
 
     def on_line(_frame: FrameType, event: str, _arg: Any) -> Any:
@@ -78,7 +78,7 @@ def killer(line: int) -> Callable[[FrameType, str, Any], Any]:
         return on_line
 
     def on_call(frame: FrameType, _event: str, _arg: Any) -> Any:
-        return on_line if frame.f_code.co_filename in TRACED else None
+        return on_line if frame.f_code.co_filename in traced else None
 
     return on_call
 
@@ -86,7 +86,7 @@ def killer(line: int) -> Callable[[FrameType, str, Any], Any]:
 def run_and_die(directory: str, steps: list[tuple[int, list[str]]], line: int, log: int) -> None:
     """Be the child: publish step by step, telling of each that is done, until the kill."""
     store = LocalStore(directory)
-    sys.settrace(killer(line))
+    sys.settrace(killer(line, TRACED))
     for step in steps:
         publish_batch(store, *step)
         os.write(log, b".")

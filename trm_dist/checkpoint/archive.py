@@ -60,6 +60,23 @@ def encode(
     return seal(archive.pieces, summary), summary
 
 
+def records(data: memoryview) -> dict[str, memoryview]:
+    """Return the records of an archive by their names without its folder; nothing is copied.
+
+    Raises:
+        zipfile.BadZipFile: It is not an archive whose records are stored as they are.
+    """
+    found = {}
+    with zipfile.ZipFile(_View(data)) as file:
+        for each in file.infolist():
+            if each.compress_type != zipfile.ZIP_STORED:
+                raise zipfile.BadZipFile("its records are compressed")
+            name_length, extra_length = struct.unpack_from("<HH", data, each.header_offset + 26)
+            start = each.header_offset + _LOCAL_HEADER_BYTES + name_length + extra_length
+            found[each.filename.partition("/")[2]] = data[start : start + each.file_size]
+    return found
+
+
 def summarize(content: dict[str, Any]) -> dict[str, Any]:
     """Return what the seal says of a content with counters and a run."""
     return {name: content[name] for name in (*COUNTERS, "format_version")} | {
@@ -79,6 +96,33 @@ def plain(node: Any) -> Any:
         case kind:
             items = [plain(each) for each in node["items"]]
             return tuple(items) if kind == "tuple" else items
+
+
+class _View(io.RawIOBase):
+    """A file to read whose content lies in memory already; BytesIO would copy it."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._position = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        end = len(self._data) if size is None or size < 0 else self._position + size
+        found = bytes(self._data[self._position : end])
+        self._position += len(found)
+        return found
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: len(self._data)}
+        if origin[whence] + position < 0:
+            raise OSError("a place before the beginning")
+        self._position = origin[whence] + position
+        return self._position
 
 
 class _Pieces(io.RawIOBase):

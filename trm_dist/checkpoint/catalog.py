@@ -63,7 +63,7 @@ def read_summary(store: Store, name: str) -> dict[str, Any] | None:
 def is_whole(store: Store, name: str) -> bool:
     """Read a file and verify every byte of it; one that is gone is not whole."""
     try:
-        verify_seal(store.read(name))
+        verify_seal(store.view(name))
     except (CorruptCheckpointError, FileNotFoundError):
         return False
     return True

@@ -127,15 +127,20 @@ class PersisterClient:
         if self._socket is not None:
             with suppress(OSError):
                 self._send({"do": "bye"})
-            self._socket.close()
-            self._socket = None
+            self._disconnect()
         if self._complaints is not None:
             self._complaints.close()
             self._complaints = None
 
     # -- the connection ----------------------------------------------------------------------------
 
+    def _disconnect(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
     def _connect(self) -> None:
+        self._disconnect()
         deadline = time.monotonic() + START_S
         while True:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -203,7 +208,8 @@ class PersisterClient:
             self._start()
             return []
         except OSError as error:
-            self._socket, self._mend_at_s = None, time.monotonic() + _MEND_EVERY_S
+            self._disconnect()
+            self._mend_at_s = time.monotonic() + _MEND_EVERY_S
             failed = {"is": "failed", "error": str(error), "num_failures": 1}
             return [failed | {"retry_in_s": _MEND_EVERY_S}]
 

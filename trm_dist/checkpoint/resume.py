@@ -152,7 +152,7 @@ def _read_origin(url: str) -> _Origin:
     directory, name = split_url(url)
     store = open_store(directory)
     try:
-        data = store.read(name)
+        data = store.view(name)
         return _Origin(verify_seal(data), from_bytes(data))
     except FileNotFoundError as error:
         raise ResumeError(
@@ -191,7 +191,7 @@ class _Here:
             if snapshot and each.seal and position(each.seal.summary) <= position(snapshot.summary):
                 break
             try:
-                state = from_bytes(self.store.read(each.name))
+                state = from_bytes(self.store.view(each.name))
             except FileNotFoundError:
                 continue
             except CorruptCheckpointError as error:

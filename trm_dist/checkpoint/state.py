@@ -5,6 +5,7 @@ One file, loadable by a bare `torch.load(path)`: tensors, numbers, strings, list
 
 import hashlib
 import io
+import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trm_dist.checkpoint.archive import encode
+from trm_dist.checkpoint.archive import STORAGES, encode, records
 from trm_dist.checkpoint.names import parse_epoch_name
 from trm_dist.checkpoint.seal import Piece, verify_seal
 from trm_dist.checkpoint.snapshot import Flat
@@ -42,16 +43,21 @@ def sealed(content: dict[str, Any]) -> list[Piece]:
 def from_bytes(data: bytes | memoryview) -> dict[str, Any]:
     """Verify and load a checkpoint; never runs code that the bytes might carry.
 
+    Args:
+        data: The whole file. Tensors are views of it, so it must stay as it is while they are used.
+
     Raises:
         CorruptCheckpointError: The bytes are not what was written, or no checkpoint of this format.
     """
     verify_seal(data)
+    view = memoryview(bytearray(data)) if memoryview(data).readonly else memoryview(data)
     try:
-        state = torch.load(io.BytesIO(data), weights_only=True)
-    # torch and pickle raise many kinds for bytes that are no checkpoint; all mean the same here.
+        found = records(view)
+        state = _Loader(found).load()
+    # A pickle that is none, or is not of this format, fails in many ways; all mean the same here.
     except Exception as error:
         raise CorruptCheckpointError(
-            f"torch.load refuses it: {(str(error) or type(error).__name__).splitlines()[0]}"
+            f"it cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
     if not isinstance(state, dict) or not state.keys() >= KEYS:
         raise CorruptCheckpointError("it does not hold a training state")
@@ -115,6 +121,46 @@ def find_damage(data: bytes | memoryview, name: str) -> list[str]:
         if tensor.is_floating_point() and not tensor.isfinite().all()
     ]
     return found
+
+
+class _Loader(pickle.Unpickler):
+    """Reads what torch.save writes of plain values and dense tensors, and nothing else.
+
+    Unlike torch.load it leaves the tensors where they are: as views of the file's bytes.
+    """
+
+    def __init__(self, found: Mapping[str, memoryview]) -> None:
+        super().__init__(io.BytesIO(found["data.pkl"]))
+        self._found = found
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return the few globals of the format, none of which does anything else."""
+        try:
+            return _GLOBALS[f"{module}.{name}"]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint") from None
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        """Return a storage as a flat tensor."""
+        kind, dtype, key, _, count = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError("not a storage")
+        if not count:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self._found[f"data/{key}"], dtype=dtype, count=count)
+
+
+def _rebuild_tensor(
+    storage: Tensor, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], *_: Any
+) -> Tensor:
+    return storage.as_strided(shape, strides, offset)
+
+
+_GLOBALS: dict[str, Any] = {
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "collections.OrderedDict": dict,
+    **{f"torch.{storage}": getattr(torch, name[6:]) for name, (storage, _) in STORAGES.items()},
+}
 
 
 def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ does the four steps itself: write aside, flush to disk, rename, flush the direct
 
 import errno
 import fcntl
+import mmap
 import os
 import secrets
 import tempfile
@@ -60,6 +61,14 @@ class Store(Protocol):
 
     def read(self, name: str, start: int = 0, num_bytes: int | None = None) -> bytes:
         """Read a range of a file; a negative `start` counts from its end.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+        """
+        ...
+
+    def view(self, name: str) -> memoryview:
+        """Return a whole file in memory that may be written to, at the least cost.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -135,6 +144,13 @@ class LocalStore:
         with open(self._path(name), "rb") as file:
             file.seek(start if start >= 0 else max(0, os.fstat(file.fileno()).st_size + start))
             return file.read(-1 if num_bytes is None else num_bytes)
+
+    def view(self, name: str) -> memoryview:
+        """Map a file, privately; what is published is never changed in place."""
+        with open(self._path(name), "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return memoryview(bytearray())
+            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
     def put(
         self, name: str, pieces: Sequence[bytes | memoryview], guard: Guard = unguarded

@@ -1,0 +1,381 @@
+"""Real persisters: adopted, killed, fenced, left alone; a snapshot handed over is committed."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fakes import RUN, make_state
+from trm_dist.checkpoint.catalog import read_summary
+from trm_dist.checkpoint.client import PersisterClient
+from trm_dist.checkpoint.manager import Snapshots
+from trm_dist.checkpoint.memory import Slots, SnapshotDir
+from trm_dist.checkpoint.names import LATEST, epoch_name
+from trm_dist.checkpoint.runs import Run, claim, read_run
+from trm_dist.checkpoint.snapshot import Flat
+from trm_dist.checkpoint.store import LocalStore
+from trm_dist.errors import FencedError
+
+ROOT = Path(__file__).parents[2]
+
+TRAINER = """
+import sys, time
+from tests.unit.test_persister import Node
+node = Node(sys.argv[1], sys.argv[2], guardian=int(sys.argv[3]))
+node.open()
+node.attach()
+for batch_count in range(1, 4):
+    node.capture(batch_count)
+print("captured", flush=True)
+for line in sys.stdin:
+    node.publish(5, line.strip())
+    print("asked", flush=True)
+"""
+
+
+class Node:
+    """A trainer's end, in this process."""
+
+    def __init__(self, directory: str, memory: str, guardian: int = 0) -> None:
+        self.store = LocalStore(directory)
+        self.memory = SnapshotDir(memory, self.store.identity)
+        self.client = PersisterClient(directory, self.store.identity, guardian or os.getpid())
+
+    def open(self, run: Run = RUN, **settings: Any) -> Run:
+        default = {"deadline_s": 60.0, "keep_last": 0, "keep_every": 0}
+        self.run = self.client.open(run, **default | settings)
+        return self.run
+
+    def attach(self) -> list[dict[str, Any]]:
+        flat = Flat(make_state())
+        room = {"header_bytes": len(flat.header) + 4096, "body_bytes": flat.num_bytes}
+        self.slots: Slots = self.memory.take(num_slots=3, **room)
+        self.snapshots = Snapshots(self.slots)
+        return self.client.attach(self.slots)
+
+    def capture(self, batch_count: int) -> None:
+        self.snapshots.capture(make_state(batch_count, self.run))
+
+    def publish(self, batch_count: int, *names: str) -> None:
+        self.capture(batch_count)
+        assert self.snapshots.newest is not None
+        self.client.publish(*self.snapshots.newest, list(names))
+
+    def wait_for(self, kind: str) -> dict[str, Any]:
+        def event() -> dict[str, Any] | None:
+            return next((each for each in self.client.events(0.1) if each["is"] == kind), None)
+
+        return eventually(event)
+
+    def committed(self, name: str = LATEST) -> int:
+        summary = read_summary(self.store, name)
+        return int(summary["batch_count"]) if summary else 0
+
+
+def eventually(find: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 60
+    while not (found := find()):
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+    return found
+
+
+def persisters(node: Node) -> list[int]:
+    """The living persisters of a node's store."""
+    address = node.client._address
+    found = []
+    for each in Path("/proc").iterdir():
+        try:
+            command = (each / "cmdline").read_text()
+            is_zombie = (each / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+        except OSError:
+            continue
+        if command.rstrip("\0").endswith(address) and not is_zombie:
+            found.append(int(each.name))
+    return found
+
+
+@pytest.fixture
+def memory() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        yield path
+
+
+@pytest.fixture
+def make_node(tmp_path: Path, memory: str) -> Iterator[Callable[..., Node]]:
+    """Nodes that see the same directory; whatever persister is left at the end is killed."""
+    nodes = []
+
+    def make(memory: str = memory) -> Node:
+        nodes.append(Node(str(tmp_path / "run"), memory))
+        return nodes[-1]
+
+    yield make
+    for node in nodes:
+        node.client.close()
+        for pid in persisters(node):
+            os.kill(pid, signal.SIGKILL)
+        if node.client._process:
+            node.client._process.wait()
+
+
+@pytest.fixture
+def node(make_node: Callable[..., Node]) -> Node:
+    node = make_node()
+    node.open()
+    node.attach()
+    return node
+
+
+@contextmanager
+def slow(node: Node) -> Iterator[None]:
+    """Let no file be moved into place meanwhile."""
+    with open(f"{node.store.url}/.trm_dist/lock", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# -- one trainer -----------------------------------------------------------------------------------
+
+
+def test_snapshot_is_committed_under_its_names_and_told(node: Node) -> None:
+    node.publish(7, epoch_name(1, 7))
+
+    event = node.wait_for("committed")
+
+    assert event["names"] == [epoch_name(1, 7), LATEST]
+    assert event["progress"]["batch_count"] == 7
+    assert event["num_bytes"] == os.path.getsize(f"{node.store.url}/{LATEST}")
+    assert node.committed() == node.committed(epoch_name(1, 7)) == 7
+
+
+def test_opening_claims_the_next_generation(node: Node) -> None:
+    assert node.run.generation == 1
+    assert read_run(node.store) == node.run
+
+
+def test_goodbye_ends_it(node: Node) -> None:
+    node.client.close()
+
+    eventually(lambda: not persisters(node))
+
+
+def test_it_holds_nobodys_output_open(node: Node) -> None:
+    (pid,) = persisters(node)
+
+    targets = [os.readlink(f"/proc/{pid}/fd/{number}") for number in (0, 1)]
+
+    assert targets == [os.devnull] * 2
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_that_is_meant_for_trainers_does_not_end_it(
+    node: Node, signum: signal.Signals
+) -> None:
+    os.kill(persisters(node)[0], signum)
+
+    node.publish(1)
+
+    node.wait_for("committed")
+
+
+def test_killed_persister_is_replaced_and_commits_what_was_asked_of_it(node: Node) -> None:
+    (pid,) = persisters(node)
+    with slow(node):
+        node.publish(5, epoch_name(1, 5))
+        os.kill(pid, signal.SIGKILL)
+
+    node.wait_for("committed")
+
+    assert node.committed(epoch_name(1, 5)) == 5
+    assert persisters(node) != [pid]
+    record = read_run(node.store)
+    assert record is not None
+    assert record.generation == 2
+
+
+def test_failed_publish_is_told_and_tried_again(node: Node) -> None:
+    os.mkdir(f"{node.store.url}/{epoch_name(1, 3)}")  # nothing can be renamed to this
+    node.publish(3, epoch_name(1, 3))
+
+    event = node.wait_for("failed")
+
+    assert (event["num_failures"], event["retry_in_s"]) == (1, 1.0)
+    os.rmdir(f"{node.store.url}/{epoch_name(1, 3)}")
+    node.wait_for("committed")
+    assert node.committed(epoch_name(1, 3)) == 3
+
+
+def test_urgent_job_does_not_wait_for_the_pause_of_one_that_failed(node: Node) -> None:
+    os.mkdir(f"{node.store.url}/{epoch_name(1, 3)}")
+    node.publish(3, epoch_name(1, 3))
+    for _ in range(3):
+        last = node.wait_for("failed")
+    node.capture(4)
+    assert node.snapshots.newest is not None
+
+    node.client.publish(*node.snapshots.newest, [], is_urgent=True)
+
+    event = eventually(lambda: next(iter(node.client.events(0.1)), None))
+    assert (event["is"], last["num_failures"]) == ("committed", 3)
+    assert node.committed() == 4
+
+
+def test_directory_that_cannot_be_written_is_refused(tmp_path: Path, memory: str) -> None:
+    (tmp_path / "file").write_text("")
+    node = Node(str(tmp_path / "file" / "run"), memory)
+
+    with pytest.raises(OSError, match="Not a directory"):
+        node.open()
+
+    node.client.close()
+    eventually(lambda: not persisters(node))
+    assert node.client._process is not None
+    node.client._process.wait()
+
+
+# -- two trainers ----------------------------------------------------------------------------------
+
+
+def test_next_trainer_adopts_it_with_what_is_in_flight(
+    make_node: Callable[..., Node], memory: str
+) -> None:
+    node = make_node()
+    trainer = start_trainer([node.store.url, memory, "1"])
+    assert trainer.stdin is not None
+    assert trainer.stdout is not None
+    (pid,) = persisters(node)
+    with slow(node):
+        trainer.stdin.write(f"{epoch_name(1, 5)}\n".encode())
+        trainer.stdin.flush()
+        assert trainer.stdout.readline() == b"asked\n"
+        end(trainer)
+
+        node.open()
+        busy = node.attach()
+
+        assert [job["sequence"] for job in busy] == [4]
+        assert node.snapshots.newest is None  # nothing of its own yet
+    assert node.wait_for("committed")["progress"]["batch_count"] == 5
+    assert node.committed(epoch_name(1, 5)) == 5
+    assert persisters(node) == [pid]
+    assert node.run.generation == 1
+
+
+def test_newer_trainer_on_the_node_stops_the_older_for_good(make_node: Callable[..., Node]) -> None:
+    older, newer = make_node(), make_node()
+    older.open()
+    older.attach()
+    newer.open()
+
+    with pytest.raises(FencedError, match="has taken over"):
+        older.wait_for("committed")
+    newer.attach()
+    newer.publish(3)
+    newer.wait_for("committed")
+
+
+def test_older_trainer_that_publishes_first_hears_it_too(make_node: Callable[..., Node]) -> None:
+    older, newer = make_node(), make_node()
+    older.open()
+    older.attach()
+    newer.open()
+    newer.attach()
+
+    def publish_twice() -> None:
+        for batch_count in (1, 2):  # the first may still fit into the socket
+            older.publish(batch_count)
+            older.client.events(0.2)
+
+    with pytest.raises(FencedError, match="has taken over"):
+        publish_twice()
+
+    newer.publish(3)
+    newer.wait_for("committed")
+    assert newer.committed() == 3
+
+
+def test_writer_of_another_node_stops_this_one(node: Node) -> None:
+    claim(node.store, RUN)
+
+    node.publish(1)
+
+    with pytest.raises(FencedError, match="another writer has taken over"):
+        node.wait_for("committed")
+    assert node.committed() == 0
+    eventually(lambda: not persisters(node))
+
+
+def test_another_run_takes_the_next_generation_and_old_jobs_are_dropped(
+    make_node: Callable[..., Node],
+) -> None:
+    first, second = make_node(), make_node()
+    first.open()
+    first.attach()
+    with slow(first):
+        first.publish(1)
+        first.publish(2)
+    second.open(Run.fresh("launch-2"))
+    second.attach()
+
+    second.publish(1)
+
+    second.wait_for("committed")
+    summary = read_summary(second.store, LATEST)
+    assert summary is not None
+    assert summary["run_id"] == second.run.run_id
+    assert second.run.generation == 2
+
+
+# -- nobody left -----------------------------------------------------------------------------------
+
+
+def test_newest_snapshot_of_a_killed_trainer_is_committed(
+    make_node: Callable[..., Node], memory: str
+) -> None:
+    node = make_node()
+    arguments = [node.store.url, memory, "1"]
+    trainer = start_trainer(arguments)
+    end(trainer)
+
+    eventually(lambda: node.committed() == 3)
+
+    assert persisters(node) != []  # process 1 lives, and may start the trainer again
+
+
+def test_it_ends_and_leaves_no_memory_when_nobody_can_come_back(
+    make_node: Callable[..., Node], memory: str
+) -> None:
+    node = make_node()
+    with subprocess.Popen(["sleep", "100"]) as guardian:
+        trainer = start_trainer([node.store.url, memory, str(guardian.pid)])
+        guardian.kill()
+        end(trainer)
+        eventually(lambda: not persisters(node))
+
+    assert node.committed() == 3
+    assert os.listdir(memory) == []
+
+
+def start_trainer(arguments: list[str]) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-c", TRAINER, *arguments]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    trainer = subprocess.Popen(command, cwd=ROOT, **pipes)
+    assert trainer.stdout is not None
+    assert trainer.stdout.readline() == b"captured\n"
+    return trainer
+
+
+def end(trainer: "subprocess.Popen[bytes]") -> None:
+    trainer.kill()
+    with trainer:
+        pass
