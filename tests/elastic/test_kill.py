@@ -16,6 +16,7 @@ from tests.elastic.harness import (
     training,
     wait_until_gone,
 )
+from trm_dist.cli import main
 
 
 def assert_same_bits(runs: list[Training], undisturbed: Undisturbed) -> None:
@@ -30,7 +31,8 @@ def assert_same_bits(runs: list[Training], undisturbed: Undisturbed) -> None:
     assert runs[-1].digest() == undisturbed.digest
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2, 3])
+# The undisturbed run itself has two workers.
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.soak), 3])
 def test_digest_is_the_same_at_every_world_size(
     directory: Path, undisturbed: Undisturbed, workers: int
 ) -> None:
@@ -53,18 +55,19 @@ def test_workers_beyond_the_shards_keep_pace_and_change_nothing(directory: Path)
 
 
 @pytest.mark.timeout(600)
-def test_twenty_kills_of_workers_in_one_run_change_nothing(
-    directory: Path, undisturbed: Undisturbed
+@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.soak)])
+def test_many_kills_of_workers_in_one_run_change_nothing(
+    directory: Path, undisturbed: Undisturbed, count: int
 ) -> None:
-    chance = random.Random(20)
+    chance = random.Random(count)
     with training(directory, workers=2, max_restarts=30, flags={"--latest-every-s": "0"}) as run:
-        for number in range(20):
+        for number in range(count):
             run.wait_for_start(number + 1)
-            run.wait_for_batches(chance.randint(1, 5))
+            run.wait_for_batches(chance.randint(1, 3))
             kill(run.worker(chance.randint(0, 1)))
         assert run.end() == 0, run.messages()
         assert_same_bits([run], undisturbed)
-    assert len(run.events("started")) == 21
+    assert len(run.events("started")) == count + 1
 
 
 def test_worker_killed_while_the_group_forms_is_replaced(
@@ -79,7 +82,7 @@ def test_worker_killed_while_the_group_forms_is_replaced(
         assert_same_bits([run], undisturbed)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.soak)])
 def test_everything_killed_again_and_again_changes_nothing(
     directory: Path, undisturbed: Undisturbed, workers: int
 ) -> None:
@@ -113,21 +116,23 @@ def test_kills_in_the_middle_of_a_save_change_nothing(
     flags = {"--checkpoint-interval": "1"}
     hidden, hits = directory / ".trm_dist", 0
     with training(directory, workers=2, max_restarts=30, flags=flags) as run:
-        for number in range(5):
-            run.wait_for_start(number + 1)
+        for number in range(6):
             run.wait_for_batches(3 + number)
-            writer = run.worker(0)
+            victims = [run.persister(), *([run.worker(0)] if number % 3 == 2 else [])]
             while not any(each.name.startswith("tmp-") for each in hidden.iterdir()):
                 assert run.process.poll() is None
-            kill(writer)
-            wait_until_gone([writer])
-            # The next writer, seconds away, removes it: what is left now was torn by the kill.
+            for victim in victims:
+                kill(victim)
+            wait_until_gone(victims)
+            # The next writer removes it: what is left now was torn by the kill.
             hits += any(each.name.startswith("tmp-") for each in hidden.iterdir())
         assert run.end() == 0, run.messages()
         assert_same_bits([run], undisturbed)
+    assert main(["verify", str(directory)]) == 0
     assert hits, "no kill fell inside a save"
 
 
+@pytest.mark.soak
 def test_world_size_may_change_at_every_restart(directory: Path, undisturbed: Undisturbed) -> None:
     runs = []
     for workers in (3, 1, 2):

@@ -61,7 +61,7 @@ def locked(directory: Path) -> Iterator[None]:
 # -- killed ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.soak)])
 def test_killed_worker_costs_no_finished_batch(
     directory: Path, undisturbed: Undisturbed, victim: int
 ) -> None:
@@ -79,13 +79,13 @@ def test_killed_worker_costs_no_finished_batch(
 def test_everything_killed_goes_on_from_memory(directory: Path, undisturbed: Undisturbed) -> None:
     runs = []
     with ExitStack() as stack:
-        for workers in (2, 0, 1, 3):
+        for workers in (2, 1, 3):
             run = stack.enter_context(training(directory, workers=workers, flags=NO_COMMITS))
             runs.append(run)
             run.wait_for_batches(9)
             kill_everything(run)
             assert committed(directory) == 0
-        last = stack.enter_context(training(directory, workers=2))
+        last = stack.enter_context(training(directory))
         assert last.end() == 0, last.messages()
         runs.append(last)
         assert told_twice(*runs) == []
@@ -132,7 +132,7 @@ def test_worker_and_persister_killed_together_cost_nothing(
 ) -> None:
     flags = {"--checkpoint-interval": "3"}
     with training(directory, workers=2, max_restarts=9, flags=flags) as run:
-        for number in range(4):
+        for number in range(2):
             run.wait_for_start(number + 1)
             run.wait_for_batches(5)
             for pid in (run.persister(), run.worker(0)):
@@ -200,18 +200,28 @@ def two_nodes(tmp_path: Path, memory: list[Path], until_batch: int = 0) -> Train
 def test_newer_trainer_takes_over_and_the_older_one_stops_for_good(
     directory: Path, undisturbed: Undisturbed
 ) -> None:
-    flags = {"--checkpoint-interval": "1"}
+    flags = {"--checkpoint-interval": "1", "--epochs": "1000"}
     with training(directory, workers=2, max_restarts=20, flags=flags) as older:
         older.wait_for_batches(8)
         with training(directory, workers=1, flags=flags) as newer:
-            assert newer.end() == 0, newer.messages()
+            newer.wait_for_batches(3)
             assert older.end() != 0
+            newer.wait_for_batches(3)
+            kill(newer.process.pid, signal.SIGTERM)
+            assert newer.end() != 0
             assert newer.events("started")[0]["batch_count"] >= 8
-            assert newer.digest() == undisturbed.digest
+            assert_same_beginning([older, newer], undisturbed)
     assert older.messages().count("has taken over") == 1
     assert len(older.events("started")) == 1
-    assert older.events("finished") == []
+    assert committed(directory) >= newer.told()
     assert main(["verify", str(directory)]) == 0
+
+
+def assert_same_beginning(runs: list[Training], undisturbed: Undisturbed) -> None:
+    """Compare the losses of a longer run with those the undisturbed one has."""
+    for run in runs:
+        for batch, losses in run.losses().items():
+            assert undisturbed.losses.get(batch, losses) == losses
 
 
 # -- a store that takes its time -------------------------------------------------------------------

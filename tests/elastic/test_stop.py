@@ -81,7 +81,7 @@ def test_missing_data_are_told_once_and_never_retried(directory: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "count", [3, pytest.param(50, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])]
+    "count", [2, pytest.param(50, marks=[pytest.mark.soak, pytest.mark.timeout(1800)])]
 )
 def test_every_finished_run_exits_zero(tmp_path: Path, count: int) -> None:
     codes = []

@@ -1,32 +1,42 @@
-"""One contract for every store, and what only a local directory promises."""
+"""Every store keeps the contract; and what only a local directory promises."""
 
 import os
-import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
+from tests.contract import ForbiddenError, StoreContract, content, forbid
 from tests.fakes import MemoryStore
+from trm_dist.checkpoint import store as store_module
+from trm_dist.checkpoint.remote import RemoteStore
+from trm_dist.checkpoint.s3 import S3Store
 from trm_dist.checkpoint.store import HIDDEN, LocalStore, Store, open_store, split_url
 from trm_dist.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 
-HOLD_THE_CLAIM = """
-import sys, time
-from trm_dist.checkpoint.store import LocalStore
-print(LocalStore(sys.argv[1]).claim(0.0), flush=True)
-time.sleep(60)
+HOLD_THE_LOCK = """
+import fcntl, sys, time
+with open(sys.argv[1], "ab") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    print("locked", flush=True)
+    time.sleep(60)
 """
 
-
-@pytest.fixture(params=["local", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return LocalStore(str(tmp_path / "run")) if request.param == "local" else MemoryStore()
+PUT_IF_TOLD = """
+import sys
+from trm_dist.checkpoint.store import LocalStore
+store = LocalStore(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+print(store.put_if("run.json", sys.argv[2].encode(), b"old"))
+"""
 
 
 @pytest.fixture
@@ -34,211 +44,34 @@ def local(tmp_path: Path) -> LocalStore:
     return LocalStore(str(tmp_path / "run"))
 
 
-@pytest.fixture
-def holder(local: LocalStore) -> Iterator["subprocess.Popen[str]"]:
-    """Another process that has claimed the local store."""
-    command = [sys.executable, "-c", HOLD_THE_CLAIM, local.url]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "True\n"
-        yield process
-        process.kill()
+class TestLocalStore(StoreContract):
+    @pytest.fixture
+    def store(self, local: LocalStore) -> Store:
+        return local
+
+
+class TestMemoryStore(StoreContract):
+    @pytest.fixture
+    def store(self) -> Store:
+        return MemoryStore()
+
+
+class TestRemoteStore(StoreContract):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Iterator[Store]:
+        yield RemoteStore(f"memory:/{tmp_path}/")
+        fsspec.filesystem("memory").store.clear()
 
 
 def in_directory(store: LocalStore, *inside: str) -> list[str]:
     return sorted(os.listdir(os.path.join(store.url, *inside)))
 
 
-# -- the contract ----------------------------------------------------------------------------------
-
-
-def test_store_satisfies_the_protocol(store: Store) -> None:
-    assert isinstance(store, Store)
-
-
-def test_store_is_empty_before_the_first_write(store: Store) -> None:
-    assert store.entries() == []
-
-
-@pytest.mark.parametrize("data", [b"", b"x", bytes(range(256)) * 1000])
-def test_put_is_read_back(store: Store, data: bytes) -> None:
-    store.put("a.pt", data)
-
-    assert store.read("a.pt") == data
-
-
-def test_put_takes_a_memoryview(store: Store) -> None:
-    store.put("a.pt", memoryview(b"0123456789")[2:5])
-
-    assert store.read("a.pt") == b"234"
-
-
-@pytest.mark.parametrize("data", [b"new", b"", b"longer than the old one"])
-def test_put_replaces_the_whole_file(store: Store, data: bytes) -> None:
-    store.put("a.pt", b"the old one")
-
-    store.put("a.pt", data)
-
-    assert store.read("a.pt") == data
-
-
-@pytest.mark.parametrize(
-    ("start", "num_bytes", "expected"),
-    [
-        (0, None, b"0123456789"),
-        (3, None, b"3456789"),
-        (3, 4, b"3456"),
-        (0, 0, b""),
-        (8, 10, b"89"),
-        (10, None, b""),
-        (99, 1, b""),
-    ],
-)
-def test_read_returns_a_range(
-    store: Store, start: int, num_bytes: int | None, expected: bytes
-) -> None:
-    store.put("a.pt", b"0123456789")
-
-    assert store.read("a.pt", start, num_bytes) == expected
-
-
-def test_entries_give_names_and_sizes(store: Store) -> None:
-    store.put("a.pt", b"123")
-    store.put("b.pt", b"")
-
-    assert {entry.name: entry.size_bytes for entry in store.entries()} == {"a.pt": 3, "b.pt": 0}
-
-
-def test_entries_leave_out_what_is_hidden(store: Store) -> None:
-    store.put("a.pt", b"123")
-    store.put(f"{HIDDEN}/run.json", b"{}")
-
-    assert [entry.name for entry in store.entries()] == ["a.pt"]
-
-
-def test_hidden_file_is_read_back_by_its_path(store: Store) -> None:
-    store.put(f"{HIDDEN}/run.json", b"{}")
-
-    assert store.read(f"{HIDDEN}/run.json") == b"{}"
-
-
-@pytest.mark.parametrize("has_files", [False, True])
-def test_read_of_a_missing_file_raises(store: Store, has_files: bool) -> None:
-    if has_files:
-        store.put("a.pt", b"123")
-
-    with pytest.raises(FileNotFoundError):
-        store.read("b.pt")
-
-
-def test_copy_gives_the_content_to_another_name(store: Store) -> None:
-    store.put("a.pt", b"123")
-
-    store.copy("a.pt", "b.pt")
-
-    assert (store.read("a.pt"), store.read("b.pt")) == (b"123", b"123")
-
-
-def test_copy_replaces_an_older_file(store: Store) -> None:
-    store.put("a.pt", b"new")
-    store.put("b.pt", b"older")
-
-    store.copy("a.pt", "b.pt")
-
-    assert store.read("b.pt") == b"new"
-
-
-def test_copy_stays_when_its_source_is_replaced(store: Store) -> None:
-    store.put("a.pt", b"one")
-    store.copy("a.pt", "b.pt")
-
-    store.put("a.pt", b"two")
-
-    assert store.read("b.pt") == b"one"
-
-
-def test_copy_stays_when_its_source_is_deleted(store: Store) -> None:
-    store.put("a.pt", b"one")
-    store.copy("a.pt", "b.pt")
-
-    store.delete("a.pt")
-
-    assert [(entry.name, store.read(entry.name)) for entry in store.entries()] == [("b.pt", b"one")]
-
-
-def test_copy_may_be_repeated(store: Store) -> None:
-    store.put("a.pt", b"one")
-
-    store.copy("a.pt", "b.pt")
-    store.copy("a.pt", "b.pt")
-
-    assert store.read("b.pt") == b"one"
-
-
-def test_copy_of_a_missing_file_raises(store: Store) -> None:
-    store.put("b.pt", b"stays")
-
-    with pytest.raises(FileNotFoundError):
-        store.copy("a.pt", "b.pt")
-
-    assert store.read("b.pt") == b"stays"
-
-
-@pytest.mark.parametrize("name", ["a.pt", "missing.pt"])
-def test_delete_leaves_no_file_of_the_name(store: Store, name: str) -> None:
-    store.put("a.pt", b"one")
-
-    store.delete(name)
-
-    assert name not in [entry.name for entry in store.entries()]
-
-
-@pytest.mark.parametrize(
-    ("current", "expected", "is_written"),
-    [
-        (None, None, True),
-        (None, b"old", False),
-        (b"old", None, False),
-        (b"old", b"old", True),
-        (b"old", b"older", False),
-        (b"", None, False),
-        (b"", b"", True),
-    ],
-)
-def test_put_if_writes_only_over_what_was_expected(
-    store: Store, current: bytes | None, expected: bytes | None, is_written: bool
-) -> None:
-    if current is not None:
-        store.put("run.json", current)
-
-    assert store.put_if("run.json", b"new", expected) is is_written
-
-    left = {entry.name: store.read(entry.name) for entry in store.entries()}
-    assert left.get("run.json") == (b"new" if is_written else current)
-
-
-def test_claim_of_an_unclaimed_store_succeeds(store: Store) -> None:
-    assert store.claim(0.0)
-
-
-def test_check_writable_leaves_nothing_behind(store: Store, tmp_path: Path) -> None:
-    store.check_writable()
-
-    assert store.entries() == []
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_free_bytes_is_a_size_or_unknown(store: Store) -> None:
-    free = store.free_bytes()
-
-    assert free is None or free > 0
-
-
 # -- a local directory -----------------------------------------------------------------------------
 
 
 def test_local_copy_is_a_hard_link(local: LocalStore) -> None:
-    local.put("a.pt", b"123")
+    local.put("a.pt", [b"123"])
 
     local.copy("a.pt", "b.pt")
 
@@ -249,7 +82,7 @@ def test_local_copy_is_a_hard_link(local: LocalStore) -> None:
 def test_local_file_has_the_mode_of_the_umask(local: LocalStore, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
-        local.put("a.pt", b"123")
+        local.put("a.pt", [b"123"])
     finally:
         os.umask(before)
 
@@ -257,41 +90,43 @@ def test_local_file_has_the_mode_of_the_umask(local: LocalStore, umask: int, mod
 
 
 def test_local_top_level_holds_nothing_but_what_was_put(local: LocalStore) -> None:
-    local.put("a.pt", b"123")
+    local.put("a.pt", [b"123"])
     local.copy("a.pt", "b.pt")
     local.put_if("c.pt", b"123", None)
-    local.claim(0.0)
     local.check_writable()
+    local.remove_leftovers()
 
     assert in_directory(local) == [HIDDEN, "a.pt", "b.pt", "c.pt"]
 
 
 def test_local_writes_leave_no_temporary_file(local: LocalStore) -> None:
-    local.put("a.pt", b"123")
+    local.put("a.pt", [b"123"])
     local.copy("a.pt", "b.pt")
     local.copy("a.pt", "b.pt")
     local.copy("b.pt", "b.pt")
+    local.put_if("a.pt", b"456", b"123")
+    local.put_if("a.pt", b"456", b"123")
 
-    assert in_directory(local, HIDDEN) == []
+    assert in_directory(local, HIDDEN) == ["lock"]
 
 
 def test_local_put_that_fails_leaves_no_temporary_file(local: LocalStore) -> None:
     os.makedirs(f"{local.url}/a.pt")  # nothing can be renamed over a directory
 
     with pytest.raises(OSError, match=r"a\.pt"):
-        local.put("a.pt", b"123")
+        local.put("a.pt", [b"123"])
 
-    assert in_directory(local, HIDDEN) == []
+    assert in_directory(local, HIDDEN) == ["lock"]
 
 
 def test_local_copy_that_fails_leaves_no_temporary_file(local: LocalStore) -> None:
     os.makedirs(f"{local.url}/b.pt")
-    local.put("a.pt", b"123")
+    local.put("a.pt", [b"123"])
 
     with pytest.raises(OSError, match=r"b\.pt"):
         local.copy("a.pt", "b.pt")
 
-    assert in_directory(local, HIDDEN) == []
+    assert in_directory(local, HIDDEN) == ["lock"]
 
 
 def test_local_copy_of_a_missing_file_leaves_no_temporary_file(local: LocalStore) -> None:
@@ -301,6 +136,47 @@ def test_local_copy_of_a_missing_file_leaves_no_temporary_file(local: LocalStore
     assert in_directory(local, HIDDEN) == []
 
 
+def test_local_guard_that_raises_leaves_no_temporary_file(local: LocalStore) -> None:
+    local.put("a.pt", [b"old"])
+
+    with pytest.raises(ForbiddenError):
+        local.put("a.pt", [b"new"], forbid)
+    with pytest.raises(ForbiddenError):
+        local.copy("a.pt", "b.pt", forbid)
+
+    assert in_directory(local, HIDDEN) == ["lock"]
+
+
+def test_local_copy_where_links_are_not_possible_is_a_copy(
+    local: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(1, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    local.put("a.pt", [b"new"])
+    local.put("b.pt", [b"old"])
+
+    with pytest.raises(ForbiddenError):
+        local.copy("a.pt", "b.pt", forbid)
+    assert local.read("b.pt") == b"old"
+
+    local.copy("a.pt", "b.pt")
+    assert local.read("b.pt") == b"new"
+    assert not os.path.samefile(f"{local.url}/a.pt", f"{local.url}/b.pt")
+
+
+def test_local_remove_leftovers_removes_what_dead_writers_left(local: LocalStore) -> None:
+    local.put(f"{HIDDEN}/run.json", [b"{}"])
+    for name in ("tmp-1-0", "tmp-0123456789abcdef"):
+        local.put(f"{HIDDEN}/{name}", [b"torn"])
+    assert sorted(local.leftovers()) == [f"{HIDDEN}/tmp-0123456789abcdef", f"{HIDDEN}/tmp-1-0"]
+
+    local.remove_leftovers()
+
+    assert in_directory(local, HIDDEN) == ["lock", "run.json"]
+
+
 def test_local_entries_leave_out_directories(local: LocalStore) -> None:
     os.makedirs(f"{local.url}/checkpoint_latest.pt")
 
@@ -308,53 +184,31 @@ def test_local_entries_leave_out_directories(local: LocalStore) -> None:
 
 
 def test_local_entries_give_the_time_of_writing(local: LocalStore) -> None:
-    local.put("a.pt", b"123")
+    local.put("a.pt", [b"123"])
     os.utime(f"{local.url}/a.pt", (5.0, 1234.5))
 
     assert [entry.modified_s for entry in local.entries()] == [1234.5]
 
 
 def test_local_put_survives_removal_of_the_whole_directory(local: LocalStore) -> None:
-    local.put("a.pt", b"123")
+    local.put("a.pt", [b"123"])
     os.remove(f"{local.url}/a.pt")
+    os.remove(f"{local.url}/{HIDDEN}/lock")
     os.rmdir(f"{local.url}/{HIDDEN}")
     os.rmdir(local.url)
 
-    local.put("b.pt", b"456")
+    local.put("b.pt", [b"456"])
 
     assert local.read("b.pt") == b"456"
 
 
-def test_claim_excludes_another_process(local: LocalStore, holder: "subprocess.Popen[str]") -> None:
-    assert not local.claim(0.0)
+def test_local_identity_is_the_same_however_it_is_spelled(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
 
+    spelled = [f"{tmp_path}/run", f"{tmp_path}/./run/", f"{tmp_path}/link", f"{tmp_path}/x/../run"]
 
-def test_claim_is_free_after_its_holder_is_killed(
-    local: LocalStore, holder: "subprocess.Popen[str]"
-) -> None:
-    holder.send_signal(signal.SIGKILL)
-
-    assert local.claim(10.0)
-
-
-def test_claim_removes_leftovers_of_dead_writers(local: LocalStore) -> None:
-    local.put(f"{HIDDEN}/run.json", b"{}")
-    for name in ("tmp-1-0", "tmp-99-7"):
-        local.put(f"{HIDDEN}/{name}", b"torn")
-
-    local.claim(0.0)
-
-    assert in_directory(local, HIDDEN) == ["run.json", "writer.lock"]
-
-
-def test_claim_that_is_refused_removes_nothing(
-    local: LocalStore, holder: "subprocess.Popen[str]"
-) -> None:
-    local.put(f"{HIDDEN}/tmp-1-0", b"of the living writer")
-
-    local.claim(0.0)
-
-    assert "tmp-1-0" in in_directory(local, HIDDEN)
+    assert len({LocalStore(each).identity for each in spelled}) == 1
 
 
 @pytest.mark.parametrize("inside", ["run", "run/deeper", "run/a/b/c"])
@@ -378,6 +232,86 @@ def test_entries_of_a_regular_file_raise(tmp_path: Path) -> None:
         LocalStore(str(tmp_path / "run")).entries()
 
 
+# -- two writers of a local directory --------------------------------------------------------------
+
+
+@pytest.fixture
+def lock_holder(local: LocalStore) -> Iterator["subprocess.Popen[str]"]:
+    """Another process that holds the lock of the directory, for as long as it lives."""
+    local.put("a.pt", [b"old"])
+    command = [sys.executable, "-c", HOLD_THE_LOCK, f"{local.url}/{HIDDEN}/lock"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        yield process
+        process.kill()
+
+
+def test_lock_that_is_held_too_long_is_an_error(
+    local: LocalStore, lock_holder: "subprocess.Popen[str]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "LOCK_WAIT_S", 0.05)
+
+    with pytest.raises(TimeoutError, match="another process"):
+        local.put("a.pt", [b"new"])
+
+    assert content(local) == {"a.pt": b"old"}
+    assert in_directory(local, HIDDEN) == ["lock"]
+
+
+def test_lock_of_a_process_that_was_killed_is_free(
+    local: LocalStore, lock_holder: "subprocess.Popen[str]"
+) -> None:
+    lock_holder.kill()
+
+    local.put("a.pt", [b"new"])
+
+    assert local.read("a.pt") == b"new"
+
+
+def test_put_if_of_many_threads_lets_one_win(local: LocalStore) -> None:
+    local.put("run.json", [b"old"])
+    won: list[int] = []
+
+    def try_to_win(number: int) -> None:
+        if LocalStore(local.url).put_if("run.json", b"%d" % number, b"old"):
+            won.append(number)
+
+    threads = [threading.Thread(target=try_to_win, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [local.read("run.json")] == [b"%d" % number for number in won]
+
+
+def test_put_if_of_many_processes_lets_one_win(local: LocalStore) -> None:
+    local.put("run.json", [b"old"])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PUT_IF_TOLD, local.url, str(number)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(4)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+
+    answers = [process.communicate()[0].strip() for process in processes]
+
+    assert sorted(answers) == ["False", "False", "False", "True"]
+    assert local.read("run.json") == str(answers.index("True")).encode()
+
+
 # -- locations -------------------------------------------------------------------------------------
 
 
@@ -394,10 +328,40 @@ def test_open_store_opens_a_directory(url: str, path: str) -> None:
     assert open_store(url).url == path
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://bucket", "nonsense://x"])
-def test_open_store_refuses_other_kinds_of_url(url: str) -> None:
+@pytest.mark.parametrize("scheme", ["s3", "s3a"])
+def test_open_store_opens_a_bucket(scheme: str) -> None:
+    store = open_store(f"{scheme}://bucket/run/")
+
+    assert isinstance(store, S3Store)
+    assert store.url == f"{scheme}://bucket/run"
+
+
+def test_open_store_opens_what_fsspec_knows() -> None:
+    store = open_store("memory://run/")
+
+    assert isinstance(store, RemoteStore)
+    assert store.url == "memory://run"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "nonsense://x",
+        "gs://bucket/run",  # its package is not installed
+        "memory://",
+        "s3://",
+        "s3:///run",
+        "simplecache::memory://run",
+    ],
+)
+def test_open_store_refuses_what_cannot_work(url: str) -> None:
     with pytest.raises(ConfigError, match=url):
         open_store(url)
+
+
+@pytest.mark.parametrize("url", ["memory://run/", "memory:///run", "memory://run"])
+def test_identity_of_a_remote_store_is_the_same_however_it_is_spelled(url: str) -> None:
+    assert RemoteStore(url).identity == "memory:///run"
 
 
 @pytest.mark.parametrize(
