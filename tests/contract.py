@@ -120,6 +120,36 @@ class StoreContract:
         with pytest.raises(FileNotFoundError):
             store.read("b.pt", start, num_bytes)
 
+    # -- view --------------------------------------------------------------------------------------
+
+    @pytest.mark.parametrize("data", [b"x", BIG])
+    def test_view_is_the_whole_file_and_may_be_written_to(self, store: Store, data: bytes) -> None:
+        store.put("a.pt", [data])
+
+        view = store.view("a.pt")
+
+        assert view == data
+        view[0] ^= 1
+        assert store.read("a.pt") == data
+
+    def test_view_of_an_empty_file_is_empty(self, store: Store) -> None:
+        store.put("a.pt", [])
+
+        assert len(store.view("a.pt")) == 0
+
+    def test_view_stays_when_the_file_is_replaced_and_deleted(self, store: Store) -> None:
+        store.put("a.pt", [b"the old one"])
+        view = store.view("a.pt")
+
+        store.put("a.pt", [b"new"])
+        store.delete("a.pt")
+
+        assert bytes(view) == b"the old one"
+
+    def test_view_of_a_missing_file_raises(self, store: Store) -> None:
+        with pytest.raises(FileNotFoundError):
+            store.view("b.pt")
+
     # -- entries -----------------------------------------------------------------------------------
 
     def test_entries_give_names_and_sizes(self, store: Store) -> None:

@@ -60,7 +60,7 @@ class Store(Protocol):
         ...
 
     def read(self, name: str, start: int = 0, num_bytes: int | None = None) -> bytes:
-        """Read a range of a file; a negative `start` counts from its end.
+        """Read a small range of a file; a negative `start` counts from its end.
 
         Raises:
             FileNotFoundError: There is no such file.
