@@ -78,6 +78,11 @@ def make_plan(
         UserError: Something must be changed first; one message says what.
     """
     store = open_store(config.checkpoint.checkpoint_dir)
+    if store.url.startswith("memory:"):
+        raise ConfigError(
+            f"--checkpoint-dir {store.url}: what is kept there is gone with the process. Give a "
+            "path, s3://BUCKET/RUN, or another URL that lasts."
+        )
     return plan_from(_choose_start(store, config, launch_id, memory), config, given)
 
 

@@ -188,6 +188,9 @@ def _save_newest(manager: CheckpointManager, saving: _Saving) -> None:
     except TrmDistError as error:
         tell(str(error))
         return
+    except Exception:  # the process must end, whatever it was; the snapshot is in memory
+        logger.exception("the newest state could not be saved")
+        return
     logger.error(
         "the newest state is not committed after --grace-period %.0f s; it is in memory, and the "
         "persister goes on as long as this node lives",

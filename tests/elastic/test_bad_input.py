@@ -31,13 +31,15 @@ FLAGS = {
         "--heads 5 does not divide",
     ),
     "unknown flag": (["--dataset", "sudoku4:train", "--epoch", "3"], "--epochs"),
-    "object store": (["--dataset", "sudoku4:train", "--checkpoint-dir", "s3://a/b"], "s3://"),
+    "no bucket": (["--dataset", "sudoku4:train", "--checkpoint-dir", "s3://"], "names no bucket"),
+    "no such store": (["--dataset", "sudoku4:train", "--checkpoint-dir", "x9://a/b"], "x9://a/b"),
+    "store in memory": (["--dataset", "sudoku4:train", "--checkpoint-dir", "memory://a"], "gone"),
     "save as a checkpoint": (
         ["--dataset", "sudoku4:train?count=50", "--save", "x/checkpoint_final.pt"],
         "name of its own",
     ),
     "save nowhere": (["--dataset", "sudoku4:train?count=50", "--save", "/proc/no/m.pt"], "--save"),
-    "save to an object store": (["--dataset", "sudoku4:train", "--save", "s3://b/m.pt"], "s3://"),
+    "save to no bucket": (["--dataset", "sudoku4:train", "--save", "s3://m.pt"], "s3://"),
     "puzzles": (["--dataset", "sudoku4:train?count=x"], "not a set of puzzles"),
 }
 

@@ -361,3 +361,111 @@ def test_sealed_file_without_counters_is_damaged_and_no_crash(
     rows = printed_json(capsys, "ls", str(directory))
     assert [row["has_seal"] for row in rows if row["name"] == LATEST] == [False]
     assert main(["verify", str(directory)]) == 1
+
+
+# -- prune -----------------------------------------------------------------------------------------
+
+
+def names_in(directory: Path) -> set[str]:
+    return {each.name for each in directory.iterdir() if each.name != ".trm_dist"}
+
+
+def test_prune_removes_all_but_the_newest(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = names_in(directory)
+
+    assert main(["prune", str(directory), "--keep-last", "1"]) == 0
+
+    assert before - names_in(directory) == {epoch_name(1, 9), epoch_name(1, 10)}
+    assert capsys.readouterr().out.splitlines() == [
+        f"removed {epoch_name(1, 9)}",
+        f"removed {epoch_name(1, 10)}",
+    ]
+
+
+def test_prune_keeps_every_nth(directory: Path) -> None:
+    assert main(["prune", str(directory), "--keep-last", "1", "--keep-every", "5"]) == 0
+
+    assert {epoch_name(1, 10), epoch_name(1, 100)} <= names_in(directory)
+    assert epoch_name(1, 9) not in names_in(directory)
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_dry_run_of_prune_tells_and_removes_nothing(
+    directory: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    before = names_in(directory)
+    command = ["prune", str(directory), "--keep-last", "1", "--multipart", "--dry-run", *more]
+
+    assert main(command) == 0
+
+    assert names_in(directory) == before
+    out = capsys.readouterr().out
+    if more:
+        removed = [epoch_name(1, 9), epoch_name(1, 10)]
+        assert json.loads(out) == {"removed": removed, "uploads": [], "dry_run": True}
+    else:
+        assert "would remove" in out
+
+
+def test_prune_counts_whole_checkpoints_only(directory: Path) -> None:
+    flip(directory / epoch_name(1, 100))
+
+    assert main(["prune", str(directory), "--keep-last", "1"]) == 0
+
+    left = names_in(directory)
+    assert {epoch_name(1, 100), epoch_name(1, 10), LATEST} <= left
+    assert epoch_name(1, 9) not in left
+
+
+def test_prune_leaves_other_branches_alone(directory: Path) -> None:
+    later = replace(RUN, branch=2)
+    (directory / epoch_name(2, 1)).write_bytes(make_bytes(101, later))
+
+    assert main(["prune", str(directory), "--keep-last", "1"]) == 0
+
+    assert {epoch_name(1, count) for count in (9, 10, 100)} <= names_in(directory)
+
+
+def test_prune_removes_what_dead_writers_have_left(directory: Path) -> None:
+    (directory / ".trm_dist" / "tmp-0123").write_bytes(b"torn")
+
+    assert main(["prune", str(directory), "--multipart"]) == 0
+
+    assert list((directory / ".trm_dist").iterdir()) == []
+    assert len(names_in(directory)) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "say what may go"),
+        (["--keep-last", "-1"], "must not be negative"),
+        (["--keep-last", "0", "--keep-every", "5"], "say what may go"),
+    ],
+)
+def test_prune_without_a_wish_is_refused(
+    directory: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["prune", str(directory), *arguments]) == 2
+
+    assert message in capsys.readouterr().err
+
+
+def test_prune_of_an_empty_place_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["prune", str(tmp_path), "--keep-last", "1"]) == 2
+
+    assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_check_tells_what_memory_snapshots_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--checkpoint-dir", str(tmp_path / "run"), "--dataset", "sudoku4:train?count=50"]
+
+    assert main(["check", *where, "--dim", "32"]) == 0
+
+    assert "memory: 3 snapshots of 0.4 MiB a node in /dev/shm" in capsys.readouterr().out

@@ -379,6 +379,10 @@ def test_split_url_gives_directory_and_name(url: str, parts: tuple[str, str]) ->
     assert split_url(url) == parts
 
 
+def test_file_of_no_bucket_is_not_taken_for_a_local_one() -> None:
+    assert split_url("s3://m.pt") == ("s3://", "m.pt")
+
+
 def test_root_of_a_file_system_is_a_directory() -> None:
     directory, name = split_url("file:///x.pt")
     assert (open_store(directory).url, name) == ("/", "x.pt")

@@ -69,6 +69,7 @@ class Persister:
         self._client: socket.socket | None = None
         self._guardian: int | None = None
         self._deadline_s = 0.0
+        self._opening: asyncio.Task[None] | None = None  # the loop itself keeps no task alive
         self._writer: Writer | None = None
         self._slots: Slots | None = None
         self._published = 0
@@ -120,8 +121,7 @@ class Persister:
         content = json.loads(message)
         match content.pop("do"):
             case "open":
-                task = asyncio.create_task(self._open(**content))
-                task.add_done_callback(_raise)
+                self._opening = asyncio.create_task(self._open(**content))
             case "attach":
                 self._attach(Slots(descriptors[0]))
             case "publish":
@@ -268,11 +268,6 @@ class Persister:
         if self._is_done() and is_there:
             remove_if_unlocked(job.slots)
         self._end_if_done()
-
-
-def _raise(task: asyncio.Task[None]) -> None:
-    if not task.cancelled():
-        task.result()
 
 
 def main(address: str) -> NoReturn:

@@ -306,6 +306,6 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 def split_url(url: str) -> tuple[str, str]:
     """Split the URL of a file into that of its directory and its name."""
     directory, _, name = url.rpartition("/")
-    if directory.endswith("://") or (url.startswith("/") and not directory):
-        directory += "/"  # the root of a file system
+    if directory.endswith((":/", "://")) or (url.startswith("/") and not directory):
+        directory += "/"  # the root of a file system, or no place at all
     return directory or ".", name
