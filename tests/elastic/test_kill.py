@@ -82,7 +82,8 @@ def test_worker_killed_while_the_group_forms_is_replaced(
         assert_same_bits([run], undisturbed)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("workers", [0, 2])
 def test_everything_killed_again_and_again_changes_nothing(
     directory: Path, undisturbed: Undisturbed, workers: int
 ) -> None:

@@ -323,7 +323,7 @@ def resize(mount: Path, size: str) -> None:
     ("size", "message"),
     [
         ("500k", "only 2 of 3 memory snapshots"),
-        ("100k", "not even two memory snapshots"),
+        pytest.param("100k", "not even two memory snapshots", marks=pytest.mark.soak),
     ],
 )
 def test_memory_that_is_too_small_is_told_and_fewer_snapshots_are_kept(
@@ -378,7 +378,7 @@ def test_snapshots_are_private_and_gone_at_the_end(directory: Path) -> None:
     assert snapshot_files() == []
 
 
-@pytest.mark.parametrize("every", ["4", "auto"])
+@pytest.mark.parametrize("every", ["4", pytest.param("auto", marks=pytest.mark.soak)])
 def test_fewer_snapshots_cost_what_they_say(
     directory: Path, undisturbed: Undisturbed, every: str
 ) -> None:
