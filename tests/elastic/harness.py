@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 DEADLINE_S = 240.0
 
 _MARK = "TEST_TRAINING"
@@ -255,6 +257,24 @@ def started(directory: Path, command: list[str]) -> Iterator[Training]:
             kill(pid)
         process.wait(DEADLINE_S)
         wait_until_gone(left)
+
+
+@contextmanager
+def small_file_system(mount: Path, size: str) -> Iterator[Path]:
+    """A tmpfs of its own size, which `resize` changes."""
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mount)]
+    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a file system of its own size needs root")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+def resize(mount: Path, size: str) -> None:
+    """Change the size of a small file system."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(mount)], check=True)
 
 
 def _marked(mark: str) -> list[int]:

@@ -4,7 +4,6 @@ import fcntl
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +21,8 @@ from tests.elastic.harness import (
     forget_snapshots,
     kill,
     kill_everything,
+    resize,
+    small_file_system,
     started,
     training,
     wait_until_gone,
@@ -304,19 +305,8 @@ def test_stop_waits_for_a_store_that_is_slow(directory: Path) -> None:
 @pytest.fixture
 def small_memory(tmp_path: Path) -> Iterator[Path]:
     """A memory file system whose size a test sets."""
-    mount = tmp_path / "memory"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
-    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a file system of its own size needs root")
-    try:
+    with small_file_system(tmp_path / "memory", "1m") as mount:
         yield mount
-    finally:
-        subprocess.run(["umount", "-l", str(mount)], check=True)
-
-
-def resize(mount: Path, size: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={size}", str(mount)], check=True)
 
 
 @pytest.mark.parametrize(

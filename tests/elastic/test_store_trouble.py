@@ -1,13 +1,11 @@
 """A disk that is full: training goes on, says so, and the last good checkpoint stands."""
 
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.elastic.harness import Undisturbed, training
+from tests.elastic.harness import Undisturbed, resize, small_file_system, training
 from tests.elastic.test_kill import assert_same_bits
 from trm_dist.cli import main
 
@@ -23,15 +21,8 @@ def test_deadline_ends_torchrun_and_is_not_retried(small_disk: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 300 kB, as one checkpoint of the small training has about 100 kB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(mount)]
-    if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("a file system of its own size needs root")
-    try:
+    with small_file_system(tmp_path / "disk", "300k") as mount:
         yield mount
-    finally:
-        subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
 def test_full_disk_is_told_and_training_ends_once_there_is_space(
@@ -41,7 +32,7 @@ def test_full_disk_is_told_and_training_ends_once_there_is_space(
     with training(directory, flags={"--checkpoint-interval": "2"}) as run:
         run.wait_for(lambda: run.events("commitfailed"), "a failed commit")
         good_before = main(["verify", str(directory)])
-        subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+        resize(small_disk, "100m")
         assert run.end() == 0, run.messages()
         assert_same_bits([run], undisturbed)
     assert good_before == 0
@@ -58,7 +49,7 @@ def test_full_disk_stops_training_at_the_deadline_and_loses_nothing(
         assert first.end() == 1
     assert "no checkpoint could be written" in first.messages()
     assert main(["verify", str(directory)]) == 0
-    subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+    resize(small_disk, "100m")
     with training(directory, flags=flags) as second:
         assert second.end() == 0, second.messages()
         assert_same_bits([first, second], undisturbed)
