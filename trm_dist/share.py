@@ -47,7 +47,8 @@ def share_plan(
         ours = newest_of(run, remembered(memory.held()))
     holder = _find_holder(about["batch_count"], ours, group)
     if holder:
-        header, body = (ours.held.header, ours.held.body) if ours else (b"", memoryview(b""))
+        held = ours.held.copied() if ours and holder == group.world.rank else None
+        header, body = (held.header, held.body) if held else (b"", memoryview(b""))
         state = _share_state(header, body, group, holder)
         if plan:
             source = f"{MEMORY} of worker {holder}"

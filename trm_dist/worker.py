@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NoReturn
@@ -20,7 +21,7 @@ from trm_dist.checkpoint.resume import remembered
 from trm_dist.checkpoint.snapshot import Flat
 from trm_dist.checkpoint.store import Store, open_store
 from trm_dist.config import CheckpointConfig, Config
-from trm_dist.elastic.agent import end_agent, guardian, will_restart
+from trm_dist.elastic.agent import end_agent, guardian, is_restart, will_restart
 from trm_dist.elastic.preemption import StopListener, exit_code
 from trm_dist.elastic.world import World, form_group, launch_id
 from trm_dist.errors import (
@@ -49,6 +50,11 @@ _HEADER_GROWTH_BYTES = 4096
 """Room for counters that get longer."""
 
 _MOST_PLANS = 5
+
+_STORE_WAIT_S = 240.0
+"""How long a restarted writer waits for its store; the others wait for it a little longer."""
+
+_STORE_PAUSE_S = 2.0
 
 
 @dataclass(slots=True)
@@ -112,12 +118,31 @@ def _plan_and_claim(config: Config, given: frozenset[str]) -> tuple[Plan, Persis
     url = store.url if "://" in store.url else os.path.abspath(store.url)
     persister = PersisterClient(url, store.identity, guardian(os.environ))
     try:
-        plan = _plan_as_writer(store, memory, persister, config, given)
+        plan = _plan_patiently(store, memory, persister, config, given)
     except BaseException:
         persister.close()
         raise
     check_space(plan, store)
     return plan, persister
+
+
+def _plan_patiently(
+    store: Store, memory: SnapshotDir, persister: PersisterClient, config: Config,
+    given: frozenset[str],
+) -> Plan:  # fmt: skip
+    """Plan; a restarted worker waits for a store that is away, as nobody is there to mend it."""
+    give_up_at = time.monotonic() + min(config.checkpoint.store_deadline, _STORE_WAIT_S)
+    while True:
+        try:
+            return _plan_as_writer(store, memory, persister, config, given)
+        except UserError as error:
+            is_away = isinstance(error.__cause__, OSError) and not isinstance(
+                error.__cause__, FileNotFoundError | IsADirectoryError | PermissionError
+            )
+            if not (is_away and is_restart(os.environ)) or time.monotonic() > give_up_at:
+                raise
+            logger.warning("%s This is a restart: trying again.", error)
+            time.sleep(_STORE_PAUSE_S)
 
 
 def _plan_as_writer(
@@ -172,8 +197,8 @@ def _stop(signum: int, saving: _Saving) -> NoReturn:
     """End this worker for a signal: no collective, no agreement, the newest state saved."""
     manager = saving.manager
     if manager:
-        manager.freeze()
-        _save_newest(manager, saving)
+        if manager.freeze(saving.grace_s):
+            _save_newest(manager, saving)
         if manager.captured:
             saving.emit(Stopped(progress=manager.captured, reason=signal.Signals(signum).name))
     _leave(exit_code(signum))

@@ -383,7 +383,7 @@ def test_stop_saves_while_the_training_thread_waits_for_the_store() -> None:
     while writer.manager.captured != progress_at(2):
         time.sleep(0.01)
 
-    writer.manager.freeze()
+    writer.manager.freeze(10.0)
     writer.persister.is_hung = False
     assert writer.manager.save_newest(1.0)
 
@@ -397,7 +397,7 @@ def test_frozen_manager_captures_no_more() -> None:
     frozen = threading.Event()
 
     def stop() -> None:  # its thread lives until the process ends
-        writer.manager.freeze()
+        writer.manager.freeze(10.0)
         frozen.set()
         threading.Event().wait()
 

@@ -130,6 +130,32 @@ def test_every_flipped_bit_of_a_header_is_found() -> None:
     assert slots.read(0) is not None
 
 
+def test_copy_of_a_slot_stays_when_its_writer_goes_on() -> None:
+    slots = private_slots(**SIZE)
+    capture(slots, 0, 1)
+    held = Slots(reopened(slots)).newest()
+    assert held is not None
+
+    copy = held.copied()
+    for sequence in range(2, 9):
+        capture(slots, sequence % 3, sequence)
+
+    assert (copy.sequence, bytes(copy.body[:5000])) == (1, b"\x01" * 5000)
+
+
+def test_copy_is_made_of_what_is_newest_by_then() -> None:
+    slots = private_slots(**SIZE)
+    capture(slots, 0, 1)
+    held = Slots(reopened(slots)).newest()
+    assert held is not None
+    for sequence in range(2, 9):
+        capture(slots, sequence % 3, sequence)
+
+    copy = held.copied()
+
+    assert (copy.sequence, bytes(copy.body[:5000])) == (8, b"\x08" * 5000)
+
+
 @pytest.mark.parametrize("content", [b"", b"x" * 10, bytes(10_000), b"x" * 50_000])
 def test_other_file_is_not_one_of_slots(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file"

@@ -304,6 +304,50 @@ def test_older_trainer_that_publishes_first_hears_it_too(make_node: Callable[...
     assert newer.committed() == 3
 
 
+def test_fenced_trainer_that_publishes_again_does_not_stop_the_newer_one(
+    make_node: Callable[..., Node],
+) -> None:
+    older, newer = make_node(), make_node()
+    older.open()
+    older.attach()
+    newer.open()
+    newer.attach()
+    with pytest.raises(FencedError):
+        older.wait_for("committed")
+
+    with pytest.raises(FencedError):  # as the thread of a stop does
+        older.publish(5)
+
+    newer.publish(3)
+    assert newer.wait_for("committed")["progress"]["batch_count"] == 3
+
+
+def test_trainer_that_replaces_its_persister_does_not_take_over_from_a_newer_one(
+    node: Node,
+) -> None:
+    newer = claim(node.store, RUN)
+    os.kill(persisters(node)[0], signal.SIGKILL)
+
+    with pytest.raises(FencedError, match="another writer has taken over"):
+        node.wait_for("committed")
+
+    assert read_run(node.store) == newer
+
+
+def test_writer_that_comes_back_to_its_node_takes_the_next_generation(
+    make_node: Callable[..., Node], memory: str
+) -> None:
+    node = make_node()
+    end(start_trainer([node.store.url, memory, "1"]))
+    claim(node.store, RUN)  # meanwhile another node writes
+
+    assert node.open().generation == 3
+    node.attach()
+    node.publish(5)
+
+    assert node.wait_for("committed")["progress"]["batch_count"] == 5
+
+
 def test_writer_of_another_node_stops_this_one(node: Node) -> None:
     claim(node.store, RUN)
 

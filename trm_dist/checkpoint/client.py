@@ -8,6 +8,7 @@ import logging
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,7 @@ class PersisterClient:
         self._slots: Slots | None = None
         self._asked: list[dict[str, Any]] = []
         self._mend_at_s = 0.0
+        self._fenced = ""
         self._complaints: IO[bytes] | None = None
         """What a persister of ours says before it dies; nobody else would hear it."""
 
@@ -67,10 +69,14 @@ class PersisterClient:
             OSError: The store cannot be written, or no persister could be started.
         """
         self._opening = {
-            "do": "open", "url": self._url, "run": asdict(run), "guardian": self._guardian,
+            "do": "open", "is_mending": False, "url": self._url, "run": asdict(run),
+            "guardian": self._guardian,
             "deadline_s": deadline_s, "keep_last": keep_last, "keep_every": keep_every,
         }  # fmt: skip
-        return self._start()
+        run = self._start()
+        # From now on it is ours to go on with, and not to be taken from somebody newer.
+        self._opening |= {"run": asdict(run), "is_mending": True}
+        return run
 
     def attach(self, slots: Slots) -> list[dict[str, Any]]:
         """Let snapshots be published from these slots.
@@ -80,15 +86,22 @@ class PersisterClient:
         """
         self._slots = slots
         try:
-            return self._attach()
+            busy = self._attach()
         except ConnectionError:
             self._start()
             return []
+        self._asked += busy
+        return busy
 
     def publish(
         self, slot: int, sequence: int, names: list[str], *, is_urgent: bool = False
     ) -> None:
-        """Ask for a snapshot to be published; its slot stays as it is until it is committed."""
+        """Ask for a snapshot to be published; its slot stays as it is until it is committed.
+
+        Raises:
+            FencedError: Another writer has taken over.
+        """
+        self._refuse_if_fenced()
         job = {"slot": slot, "sequence": sequence, "names": names, "is_urgent": is_urgent}
         self._asked.append(job)
         if self._socket is not None:
@@ -104,6 +117,7 @@ class PersisterClient:
             FencedError: Another writer has taken over.
         """
         found: list[dict[str, Any]] = []
+        self._refuse_if_fenced()
         if self._socket is None and time.monotonic() < self._mend_at_s:
             time.sleep(min(wait_s, self._mend_at_s - time.monotonic()))
             return found
@@ -134,6 +148,11 @@ class PersisterClient:
 
     # -- the connection ----------------------------------------------------------------------------
 
+    def _refuse_if_fenced(self) -> None:
+        """Never connect again once somebody has taken over: that would stop the newer one."""
+        if self._fenced:
+            raise FencedError(self._fenced)
+
     def _disconnect(self) -> None:
         if self._socket is not None:
             self._socket.close()
@@ -146,6 +165,10 @@ class PersisterClient:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
                 connection.connect(f"\0{self._address}")
+                peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                if struct.unpack("3i", peer)[1] != os.getuid():
+                    connection.close()
+                    raise PermissionError("somebody else listens where the persister should")
                 self._socket = connection
                 return
             except ConnectionRefusedError:
@@ -246,7 +269,8 @@ class PersisterClient:
             raise ConnectionError("the persister has ended")
         message: dict[str, Any] = json.loads(data)
         if message["is"] == "fenced":
-            raise FencedError(message["error"])
+            self._fenced = message["error"]
+            self._refuse_if_fenced()
         return message
 
     def _answer(self, *kinds: str) -> dict[str, Any]:

@@ -136,13 +136,16 @@ class CheckpointManager:
         """The newest captured boundary."""
         return self._captured
 
-    def freeze(self) -> None:
+    def freeze(self, wait_s: float) -> bool:
         """Let no more state be captured: the training thread waits from its next boundary on.
 
         For the thread that stops the process, which alone can still save.
+
+        Returns:
+            Whether it can: not while the training thread waits for a new persister.
         """
         self._is_frozen = True
-        self._lock.acquire()  # never released
+        return self._lock.acquire(timeout=wait_s)  # never released
 
     def capture(self, tree: dict[str, Any]) -> None:
         """Copy the state of a batch boundary; it may change once this returns.

@@ -35,6 +35,7 @@ _SLOT = struct.Struct("<QQQ")  # sequence number (0: torn), bytes of the header,
 _PAGE = 4096
 _MADV_POPULATE_WRITE = 23
 _MOST_WRITERS = 64
+_MOST_COPIES = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,23 @@ class Held:
     sequence: int
     header: bytes
     body: memoryview
+    owner: "Slots"
+
+    def copied(self) -> "Held":
+        """Return the newest of the same file as a copy that stays, whoever writes there meanwhile.
+
+        Raises:
+            OSError: Its writer is faster than the copy, again and again.
+        """
+        for _ in range(_MOST_COPIES):
+            newest = self.owner.newest()
+            if newest is None:
+                continue
+            body = memoryview(bytearray(newest.body))
+            after = self.owner.read(newest.slot)
+            if after is not None and after.sequence == newest.sequence:
+                return Held(newest.slot, newest.sequence, newest.header, body, self.owner)
+        raise OSError(errno.EBUSY, "a snapshot is written over all the time")
 
 
 class Slots:
@@ -126,7 +144,7 @@ class Slots:
         header = bytes(self._view[start + _PAGE : start + _PAGE + length])
         if _checksum(sequence, header) != checksum:
             return None
-        return Held(slot, sequence, header, self._body(start))
+        return Held(slot, sequence, header, self._body(start), self)
 
     def newest(self) -> Held | None:
         """Return the slot that was written last."""
@@ -296,7 +314,8 @@ def remove_if_unlocked(slots: Slots) -> None:
 
 def _open(path: str, flags: int) -> int:
     """Open a file that is ours; the directory is open to everybody."""
-    descriptor = os.open(path, flags | os.O_NOFOLLOW, 0o600)
+    # A pipe that somebody else has put there must not keep us waiting.
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     status = os.fstat(descriptor)
     if status.st_uid != os.getuid() or not stat.S_ISREG(status.st_mode):
         os.close(descriptor)

@@ -29,8 +29,8 @@ from typing import Any, NoReturn
 
 from trm_dist.checkpoint.archive import plain
 from trm_dist.checkpoint.memory import Slots, remove_if_unlocked
-from trm_dist.checkpoint.runs import Run, claim
-from trm_dist.checkpoint.store import open_store
+from trm_dist.checkpoint.runs import Run, claim, guard_of
+from trm_dist.checkpoint.store import Store, open_store
 from trm_dist.checkpoint.writer import Writer
 from trm_dist.errors import FencedError
 
@@ -58,7 +58,10 @@ class Job:
 
     def describe(self) -> dict[str, Any]:
         """Say which job it is."""
-        return {"slot": self.slot, "sequence": self.sequence}
+        return {
+            "slot": self.slot, "sequence": self.sequence, "names": self.names,
+            "is_urgent": self.is_urgent,
+        }  # fmt: skip
 
 
 class Persister:
@@ -134,16 +137,23 @@ class Persister:
                 self._forget_guardian()
                 self._end_if_done()
 
-    async def _open(
+    async def _open(  # noqa: PLR0913 the fields of a message
         self, *, url: str, run: dict[str, Any], guardian: int, deadline_s: float,
-        keep_last: int, keep_every: int,
+        keep_last: int, keep_every: int, is_mending: bool,
     ) -> None:  # fmt: skip
         """Become the writer of a run, unless we are it already."""
+        client = self._client
         self._deadline_s = deadline_s
         asked, writer = Run(**run), self._writer
         try:
             store = await asyncio.to_thread(open_store, url)
-            if writer is not None and writer.run.is_that_of(run):
+            if is_mending and writer is None:
+                await asyncio.to_thread(guard_of(store, asked))
+            if (
+                writer is not None
+                and writer.run.is_that_of(run)
+                and (await asyncio.to_thread(_is_newest, store, writer.run))
+            ):
                 claimed = writer.run
             else:
                 self._jobs.clear()  # of a run that nobody wants any more
@@ -151,8 +161,14 @@ class Persister:
                     claimed = await asyncio.to_thread(claim, store, asked)
                     await asyncio.to_thread(store.remove_leftovers)
             self._writer = Writer(store, claimed, keep_last=keep_last, keep_every=keep_every)
+        except FencedError as error:
+            self._tell({"is": "fenced", "error": str(error)})
+            return
         except Exception as error:  # noqa: BLE001 whatever it is, the client must hear of it
-            self._tell({"is": "refused", "error": str(error) or repr(error)})
+            if client is self._client:
+                self._tell({"is": "refused", "error": str(error) or repr(error)})
+            return
+        if client is not self._client:  # it has gone, and another one asks for itself
             return
         self._watch(guardian)
         self._tell({"is": "opened", "run": asdict(claimed)})
@@ -171,6 +187,11 @@ class Persister:
         if self._client is not None:
             with suppress(OSError):  # it is gone, which its end of the socket will say
                 self._client.send(json.dumps(content).encode())
+
+    def _tell_of(self, job: Job, content: dict[str, Any]) -> None:
+        """Tell what became of a job; those of other slots may have the same numbers."""
+        if job.slots is self._slots:
+            self._tell(job.describe() | content)
 
     def _hang_up(self) -> None:
         if self._client is not None:
@@ -237,6 +258,11 @@ class Persister:
                 num_failures = 0
                 continue
             except FencedError as error:
+                is_opening = self._opening is not None and not self._opening.done()
+                if is_opening or job.writer is not self._writer:
+                    # Left by the trainer before; the one that is there now goes on as a newer one.
+                    self._jobs = [each for each in self._jobs if each.writer is not job.writer]
+                    continue
                 self._tell({"is": "fenced", "error": str(error)})
                 self._ended.set()
                 return
@@ -244,7 +270,7 @@ class Persister:
                 failing_since_s = failing_since_s if num_failures else loop.time()
                 pause_s = min(FIRST_PAUSE_S * 2**num_failures, LONGEST_PAUSE_S)
                 num_failures += 1
-                self._tell(job.describe() | {
+                self._tell_of(job, {
                     "is": "failed", "error": str(error) or repr(error),
                     "num_failures": num_failures, "retry_in_s": pause_s,
                 })  # fmt: skip
@@ -262,12 +288,23 @@ class Persister:
                 commit = await asyncio.to_thread(job.writer.commit, held, job.names)
             if job.slots is self._slots:
                 self._published = max(self._published, job.sequence)
-            self._tell(job.describe() | {"is": "committed", **asdict(commit)})
+            self._tell_of(job, {"is": "committed", **asdict(commit)})
         with suppress(ValueError):  # a run that nobody wants any more was cleared meanwhile
             self._jobs.remove(job)
         if self._is_done() and is_there:
             remove_if_unlocked(job.slots)
         self._end_if_done()
+
+
+def _is_newest(store: Store, run: Run) -> bool:
+    """Tell whether a generation is still ours; a store that is away says so when it is back."""
+    try:
+        guard_of(store, run)()
+    except FencedError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def main(address: str) -> NoReturn:

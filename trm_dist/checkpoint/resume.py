@@ -35,7 +35,7 @@ class Start:
     source: str
     """Where the state was read, for people; empty: a fresh start."""
     state: dict[str, Any] | None
-    """None: a fresh start. Tensors from memory are views, valid until the next capture."""
+    """None: a fresh start."""
     is_unnamed: bool = False
     """Whether no file has the name that a checkpoint of this state may be due."""
 
@@ -205,7 +205,8 @@ class _Here:
         assert self.run is not None, "it is of this run"
         own_name = epoch_name(snapshot.summary["epoch"], snapshot.summary["batch_idx"] or 1)
         is_unnamed = own_name not in {each.name for each in self.found}
-        state = unflatten(snapshot.held.header, snapshot.held.body)
+        held = snapshot.held.copied()  # its writer may be alive, and is replaced only after this
+        state = unflatten(held.header, held.body)
         return Start(self.run, MEMORY, state, is_unnamed)
 
 

@@ -29,6 +29,11 @@ def guardian(environment: Mapping[str, str]) -> int:
     return os.getppid() if is_under_agent(environment) else os.getpid()
 
 
+def is_restart(environment: Mapping[str, str]) -> bool:
+    """Tell whether the agent has started the workers before."""
+    return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def will_restart(environment: Mapping[str, str]) -> bool:
     """Tell whether the agent starts the workers again when they fail."""
     count = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
