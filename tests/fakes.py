@@ -2,13 +2,15 @@
 
 import errno
 import io
+import json
 import os
 import zipfile
 from collections.abc import Callable, Container, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from trm_dist.checkpoint.memory import Slots
+from trm_dist.checkpoint.archive import KIND
+from trm_dist.checkpoint.memory import Held, Slots
 from trm_dist.checkpoint.runs import Run
 from trm_dist.checkpoint.seal import seal
 from trm_dist.checkpoint.store import Entry, Guard, unguarded
@@ -177,6 +179,15 @@ def small_archive(summary: dict[str, Any], content: bytes = b"") -> bytes:
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("content", content or repr(summary).encode())
     return b"".join(seal([stream.getvalue()], summary))
+
+
+def snapshot_of(summary: dict[str, Any]) -> Held:
+    """Return a snapshot without tensors, made without torch."""
+    run = {name: value for name, value in summary.items() if name not in _counters(0)}
+    tree = {name: value for name, value in summary.items() if name in _counters(0)}
+    items = [*tree.items(), ("run", {KIND: "dict", "items": [*run.items()]})]
+    header = {"tree": {KIND: "dict", "items": items}, "tensors": []}
+    return Held(0, 1, json.dumps(header).encode(), memoryview(b""), owner=None)  # type: ignore
 
 
 def make_state(batch_count: int = 1, run: Run = RUN, **changes: Any) -> dict[str, Any]:

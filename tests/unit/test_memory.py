@@ -1,7 +1,7 @@
 """Slots in memory: what a kill leaves, who may write, and what happens when there is no room.
 
 Kills happen in children of a small process that never imports torch, this file run as a program,
-as in test_publish_kill.py.
+as in test_commit_kill.py.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_publish_kill import killer
+from tests.unit.test_commit_kill import killer
 from trm_dist.checkpoint import memory as memory_module
 from trm_dist.checkpoint.memory import (
     Slots,

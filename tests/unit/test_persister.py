@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from trm_dist.checkpoint.client import PersisterClient
 from trm_dist.checkpoint.manager import Snapshots
 from trm_dist.checkpoint.memory import Slots, SnapshotDir
 from trm_dist.checkpoint.names import LATEST, epoch_name
-from trm_dist.checkpoint.runs import Run, claim, read_run
+from trm_dist.checkpoint.runs import Run, claim, new_writer, read_run
 from trm_dist.checkpoint.snapshot import Flat
 from trm_dist.checkpoint.store import LocalStore
 from trm_dist.errors import FencedError
@@ -200,7 +201,7 @@ def test_killed_persister_is_replaced_and_commits_what_was_asked_of_it(node: Nod
     assert persisters(node) != [pid]
     record = read_run(node.store)
     assert record is not None
-    assert record.generation == 2
+    assert record.generation == 1  # it writes on as the same one
 
 
 def test_failed_publish_is_told_and_tried_again(node: Node) -> None:
@@ -251,13 +252,9 @@ def test_next_trainer_adopts_it_with_what_is_in_flight(
 ) -> None:
     node = make_node()
     trainer = start_trainer([node.store.url, memory, "1"])
-    assert trainer.stdin is not None
-    assert trainer.stdout is not None
     (pid,) = persisters(node)
     with slow(node):
-        trainer.stdin.write(f"{epoch_name(1, 5)}\n".encode())
-        trainer.stdin.flush()
-        assert trainer.stdout.readline() == b"asked\n"
+        ask(trainer, epoch_name(1, 5))
         end(trainer)
 
         node.open()
@@ -325,7 +322,7 @@ def test_fenced_trainer_that_publishes_again_does_not_stop_the_newer_one(
 def test_trainer_that_replaces_its_persister_does_not_take_over_from_a_newer_one(
     node: Node,
 ) -> None:
-    newer = claim(node.store, RUN)
+    newer = claim(node.store, RUN, new_writer())
     os.kill(persisters(node)[0], signal.SIGKILL)
 
     with pytest.raises(FencedError, match="another writer has taken over"):
@@ -334,12 +331,33 @@ def test_trainer_that_replaces_its_persister_does_not_take_over_from_a_newer_one
     assert read_run(node.store) == newer
 
 
+def test_persisters_killed_at_any_moment_of_their_start_do_not_fence_their_own_trainer(
+    node: Node,
+) -> None:
+    chance, end_s = random.Random(1), time.monotonic() + 4
+    num_killed = 0
+    while time.monotonic() < end_s:
+        node.publish(1 + num_killed, epoch_name(1, 1 + num_killed))
+        born_s = time.monotonic() + chance.uniform(0.0, 0.2)
+        while time.monotonic() < born_s or not persisters(node):
+            node.client.events(0.01)
+        for each in persisters(node):
+            os.kill(each, signal.SIGKILL)
+            num_killed += 1
+
+    node.publish(100)
+
+    eventually(lambda: node.client.events(0.1) and node.committed() == 100)
+    assert num_killed > 5
+    assert node.committed(epoch_name(1, 1)) == 1
+
+
 def test_writer_that_comes_back_to_its_node_takes_the_next_generation(
     make_node: Callable[..., Node], memory: str
 ) -> None:
     node = make_node()
     end(start_trainer([node.store.url, memory, "1"]))
-    claim(node.store, RUN)  # meanwhile another node writes
+    claim(node.store, RUN, new_writer())  # meanwhile another node writes
 
     assert node.open().generation == 3
     node.attach()
@@ -348,8 +366,26 @@ def test_writer_that_comes_back_to_its_node_takes_the_next_generation(
     assert node.wait_for("committed")["progress"]["batch_count"] == 5
 
 
+def test_fence_of_the_trainer_before_does_not_stop_the_one_that_just_connected(
+    make_node: Callable[..., Node], memory: str
+) -> None:
+    node = make_node()
+    trainer = start_trainer([node.store.url, memory, "1"])
+    persister = persisters(node)[0]
+    os.kill(persister, signal.SIGSTOP)
+    ask(trainer, epoch_name(1, 5))
+    claim(node.store, RUN, new_writer())  # meanwhile another node writes
+    node.client._connect()
+    os.kill(persister, signal.SIGCONT)
+
+    assert node.client._receive(1.0) is None
+    assert node.client._socket is not None
+    end(trainer)
+    assert persisters(node) == [persister]
+
+
 def test_writer_of_another_node_stops_this_one(node: Node) -> None:
-    claim(node.store, RUN)
+    claim(node.store, RUN, new_writer())
 
     node.publish(1)
 
@@ -417,6 +453,14 @@ def start_trainer(arguments: list[str]) -> "subprocess.Popen[bytes]":
     assert trainer.stdout is not None
     assert trainer.stdout.readline() == b"captured\n"
     return trainer
+
+
+def ask(trainer: "subprocess.Popen[bytes]", name: str) -> None:
+    assert trainer.stdin is not None
+    assert trainer.stdout is not None
+    trainer.stdin.write(f"{name}\n".encode())
+    trainer.stdin.flush()
+    assert trainer.stdout.readline() == b"asked\n"
 
 
 def end(trainer: "subprocess.Popen[bytes]") -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.fakes import RUN, MemoryStore, make_state, to_bytes
-from trm_dist.checkpoint.runs import claim
+from trm_dist.checkpoint.runs import claim, new_writer
 from trm_dist.checkpoint.store import LocalStore
 from trm_dist.config import Config
 from trm_dist.data.dataset import open_dataset
@@ -38,7 +38,7 @@ def test_launch_with_the_same_id_that_asks_for_another_start_is_another_launch(
 ) -> None:
     store = LocalStore(used.checkpoint.checkpoint_dir)
     first = make_plan(resuming(used, 1), (), "job")
-    run = claim(store, first.start.run)
+    run = claim(store, first.start.run, new_writer())
 
     assert make_plan(resuming(used, 1), (), "job").start.run == run
     assert make_plan(resuming(used, 2), (), "job").start.run.branch == first.start.run.branch + 1

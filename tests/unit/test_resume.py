@@ -14,7 +14,7 @@ from trm_dist.checkpoint.catalog import find_checkpoints
 from trm_dist.checkpoint.names import FINAL, LATEST, epoch_name
 from trm_dist.checkpoint.publish import publish
 from trm_dist.checkpoint.resume import Start, choose_start
-from trm_dist.checkpoint.runs import RECORD, Run, claim, read_run
+from trm_dist.checkpoint.runs import RECORD, Run, claim, new_writer, read_run
 from trm_dist.checkpoint.seal import verify_seal
 from trm_dist.checkpoint.state import digest
 from trm_dist.checkpoint.store import LocalStore, Store
@@ -40,7 +40,7 @@ def unclaimed(start: Start) -> Start:
 def train(store: Store, launch_id: str, *batch_counts: int, **settings: Any) -> Start:
     """Start as a training does, and leave a checkpoint after each of these batches."""
     start = choose(store, launch_id, **settings)
-    run = claim(store, start.run)
+    run = claim(store, start.run, new_writer())
     for batch_count in batch_counts:
         data, summary = to_bytes(make_state(batch_count, run))
         publish(store, [data], own_names=[epoch_name(1, batch_count)], summary=summary)
@@ -764,7 +764,7 @@ def test_flip_that_makes_the_only_file_another_runs_is_no_fresh_start(store: Loc
 
 def test_restored_files_of_another_run_are_not_started_over(store: LocalStore) -> None:
     train(store, "launch-1", 10)
-    claim(store, RUN)
+    claim(store, RUN, new_writer())
 
     with pytest.raises(ResumeError, match="another run"):
         choose(store)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.fakes import RUN, MemoryStore, make_summary
-from trm_dist.checkpoint.runs import RECORD, Run, claim, guard_of, read_run
+from trm_dist.checkpoint.runs import RECORD, Run, claim, guard_of, new_writer, read_run
 from trm_dist.checkpoint.store import LocalStore
 from trm_dist.errors import FencedError
 
@@ -54,7 +54,7 @@ def test_record_is_read_back() -> None:
     store = MemoryStore()
     run = replace(RUN, branch=3, origin="digest", created_at=1764043200.123456)
 
-    claimed = claim(store, run)
+    claimed = claim(store, run, new_writer())
 
     assert read_run(store) == claimed
     assert replace(claimed, generation=0, writer="") == run
@@ -63,16 +63,16 @@ def test_record_is_read_back() -> None:
 def test_record_lies_hidden() -> None:
     store = MemoryStore()
 
-    claim(store, RUN)
+    claim(store, RUN, new_writer())
 
     assert list(store.files) == [".trm_dist/run.json"]
 
 
 def test_record_is_renewed_for_another_branch() -> None:
     store = MemoryStore()
-    claim(store, RUN)
+    claim(store, RUN, new_writer())
 
-    claimed = claim(store, RUN.next_branch("digest", "where", "launch-2"))
+    claimed = claim(store, RUN.next_branch("digest", "where", "launch-2"), new_writer())
 
     assert read_run(store) == claimed
     assert (claimed.branch, claimed.generation) == (2, 2)
@@ -84,15 +84,43 @@ def test_record_is_renewed_for_another_branch() -> None:
 def test_every_claim_takes_the_next_generation() -> None:
     store = MemoryStore()
 
-    assert [claim(store, RUN).generation for _ in range(3)] == [1, 2, 3]
+    assert [claim(store, RUN, new_writer()).generation for _ in range(3)] == [1, 2, 3]
 
 
 def test_claim_of_a_rebuilt_run_goes_on_with_the_generations_of_the_record() -> None:
     store = MemoryStore()
     for _ in range(3):
-        claim(store, RUN)
+        claim(store, RUN, new_writer())
 
-    assert claim(store, replace(RUN, run_id="another")).generation == 4
+    assert claim(store, replace(RUN, run_id="another"), new_writer()).generation == 4
+
+
+def test_claim_whose_answer_was_lost_is_made_once_more() -> None:
+    store, writer = MemoryStore(), new_writer()
+
+    claimed = [claim(store, RUN, writer, is_mending=is_mending) for is_mending in (False, True)]
+
+    assert claimed[0] == claimed[1] == read_run(store)
+    assert claimed[0].generation == 1
+
+
+def test_mending_takes_nothing_from_a_newer_writer() -> None:
+    store = MemoryStore()
+    older = claim(store, RUN, new_writer())
+    newer = claim(store, RUN, new_writer())
+
+    with pytest.raises(FencedError, match=r"generation 2; this one is 1"):
+        claim(store, older, older.writer, is_mending=True)
+
+    assert read_run(store) == newer
+
+
+def test_mending_writes_a_record_that_was_removed_by_hand() -> None:
+    store = MemoryStore()
+    older = claim(store, RUN, new_writer())
+    store.delete(RECORD)
+
+    assert claim(store, older, older.writer, is_mending=True).generation == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"null"])
@@ -101,20 +129,20 @@ def test_claim_replaces_a_record_that_cannot_be_read(content: bytes) -> None:
     store.put(RECORD, [content])
 
     assert read_run(store) is None
-    assert claim(store, RUN).generation == 1
+    assert claim(store, RUN, new_writer()).generation == 1
 
 
 def test_guard_lets_the_newest_writer_publish() -> None:
     store = MemoryStore()
-    run = claim(store, RUN)
+    run = claim(store, RUN, new_writer())
 
     guard_of(store, run)()
 
 
 def test_guard_stops_an_older_writer_and_names_the_newer() -> None:
     store = MemoryStore()
-    older = claim(store, RUN)
-    claim(store, RUN)
+    older = claim(store, RUN, new_writer())
+    claim(store, RUN, new_writer())
 
     with pytest.raises(FencedError, match=r"generation 2; this one is 1") as raised:
         guard_of(store, older)()
@@ -123,7 +151,7 @@ def test_guard_stops_an_older_writer_and_names_the_newer() -> None:
 
 def test_guard_stops_the_writer_of_the_same_generation_that_lost() -> None:
     store = MemoryStore()
-    run = claim(store, RUN)
+    run = claim(store, RUN, new_writer())
 
     with pytest.raises(FencedError):
         guard_of(store, replace(run, writer="host:1:word"))()
@@ -131,7 +159,7 @@ def test_guard_stops_the_writer_of_the_same_generation_that_lost() -> None:
 
 def test_guard_does_not_mind_a_record_that_was_removed_by_hand() -> None:
     store = MemoryStore()
-    run = claim(store, RUN)
+    run = claim(store, RUN, new_writer())
     store.delete(RECORD)
 
     guard_of(store, run)()
@@ -140,9 +168,10 @@ def test_guard_does_not_mind_a_record_that_was_removed_by_hand() -> None:
 def test_writers_that_claim_at_once_get_generations_of_their_own(tmp_path: Path) -> None:
     directory = str(tmp_path / "run")
     script = (
-        "import sys; from tests.fakes import RUN; from trm_dist.checkpoint.runs import claim;"
+        "import sys; from tests.fakes import RUN;"
+        "from trm_dist.checkpoint.runs import claim, new_writer;"
         "from trm_dist.checkpoint.store import LocalStore;"
-        "print([claim(LocalStore(sys.argv[1]), RUN).generation for _ in range(5)])"
+        "print([claim(LocalStore(sys.argv[1]), RUN, new_writer()).generation for _ in range(5)])"
     )
     command = [sys.executable, "-c", script, directory]
     racing = [

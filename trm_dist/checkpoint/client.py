@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from trm_dist.checkpoint.memory import Slots, reopened
 from trm_dist.checkpoint.persister import MAX_MESSAGE_BYTES
-from trm_dist.checkpoint.runs import Run
+from trm_dist.checkpoint.runs import Run, new_writer
 from trm_dist.errors import FencedError
 
 logger = logging.getLogger(__name__)
@@ -69,13 +69,13 @@ class PersisterClient:
             OSError: The store cannot be written, or no persister could be started.
         """
         self._opening = {
-            "do": "open", "is_mending": False, "url": self._url, "run": asdict(run),
-            "guardian": self._guardian,
+            "do": "open", "is_mending": False, "url": self._url,
+            "run": asdict(run), "writer": new_writer(), "guardian": self._guardian,
             "deadline_s": deadline_s, "keep_last": keep_last, "keep_every": keep_every,
         }  # fmt: skip
         run = self._start()
         # From now on it is ours to go on with, and not to be taken from somebody newer.
-        self._opening |= {"run": asdict(run), "is_mending": True}
+        self._opening |= {"run": asdict(run), "writer": run.writer, "is_mending": True}
         return run
 
     def attach(self, slots: Slots) -> list[dict[str, Any]]:

@@ -70,6 +70,7 @@ class Persister:
     def __init__(self, listener: socket.socket) -> None:
         self._listener = listener
         self._client: socket.socket | None = None
+        self._opened_by: socket.socket | None = None
         self._guardian: int | None = None
         self._deadline_s = 0.0
         self._opening: asyncio.Task[None] | None = None  # the loop itself keeps no task alive
@@ -138,35 +139,30 @@ class Persister:
                 self._end_if_done()
 
     async def _open(  # noqa: PLR0913 the fields of a message
-        self, *, url: str, run: dict[str, Any], guardian: int, deadline_s: float,
+        self, *, url: str, run: dict[str, Any], writer: str, guardian: int, deadline_s: float,
         keep_last: int, keep_every: int, is_mending: bool,
     ) -> None:  # fmt: skip
         """Become the writer of a run, unless we are it already."""
         client = self._client
         self._deadline_s = deadline_s
-        asked, writer = Run(**run), self._writer
+        claimed = self._writer.run if self._writer else None
         try:
             store = await asyncio.to_thread(open_store, url)
-            if is_mending and writer is None:
-                await asyncio.to_thread(guard_of(store, asked))
-            if (
-                writer is not None
-                and writer.run.is_that_of(run)
-                and (await asyncio.to_thread(_is_newest, store, writer.run))
-            ):
-                claimed = writer.run
-            else:
+            if claimed and not claimed.is_that_of(run):
+                claimed = None
+            if claimed is None or not await asyncio.to_thread(_is_newest, store, claimed):
                 self._jobs.clear()  # of a run that nobody wants any more
                 async with self._storing:
-                    claimed = await asyncio.to_thread(claim, store, asked)
+                    claimed = await asyncio.to_thread(
+                        claim, store, Run(**run), writer, is_mending=is_mending
+                    )
                     await asyncio.to_thread(store.remove_leftovers)
             self._writer = Writer(store, claimed, keep_last=keep_last, keep_every=keep_every)
-        except FencedError as error:
-            self._tell({"is": "fenced", "error": str(error)})
-            return
+            self._opened_by = client
         except Exception as error:  # noqa: BLE001 whatever it is, the client must hear of it
             if client is self._client:
-                self._tell({"is": "refused", "error": str(error) or repr(error)})
+                kind = "fenced" if isinstance(error, FencedError) else "refused"
+                self._tell({"is": kind, "error": str(error) or repr(error)})
             return
         if client is not self._client:  # it has gone, and another one asks for itself
             return
@@ -258,8 +254,8 @@ class Persister:
                 num_failures = 0
                 continue
             except FencedError as error:
-                is_opening = self._opening is not None and not self._opening.done()
-                if is_opening or job.writer is not self._writer:
+                is_left = self._opened_by is not self._client or job.writer is not self._writer
+                if self._client is not None and is_left:
                     # Left by the trainer before; the one that is there now goes on as a newer one.
                     self._jobs = [each for each in self._jobs if each.writer is not job.writer]
                     continue

@@ -94,16 +94,34 @@ def read_run(store: Store) -> Run | None:
     return _parse(_read_record(store))
 
 
-def claim(store: Store, run: Run) -> Run:
+def new_writer() -> str:
+    """Return a name for the writer that this process is about to become."""
+    return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(8)}"
+
+
+def claim(store: Store, run: Run, writer: str, *, is_mending: bool = False) -> Run:
     """Become the writer of a store: record the run with the next generation.
+
+    A record that names this writer already stands as it is, so a claim whose answer was lost with
+    the process that made it is made once more.
+
+    Args:
+        store: To be written.
+        run: What it records.
+        writer: See `new_writer`.
+        is_mending: The store is ours already, and not to be taken from somebody newer.
 
     Raises:
         OSError: The store cannot be written.
+        FencedError: It is not ours any more.
     """
-    writer = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(8)}"
     for _ in range(_MOST_CLAIMS):
         current = _read_record(store)
         found = _parse(current)
+        if found and found.writer == writer:
+            return found
+        if found and is_mending:
+            raise _fenced(store, run, found)
         generation = max(run.generation, found.generation if found else 0) + 1
         claimed = replace(run, generation=generation, writer=writer)
         if store.put_if(RECORD, _record_of(claimed), current):
@@ -119,16 +137,19 @@ def guard_of(store: Store, run: Run) -> Guard:
 
     def check() -> None:
         found = read_run(store)
-        if found is None or (found.generation, found.writer) == (run.generation, run.writer):
-            return
-        host, process, _ = (*found.writer.split(":"), "", "")[:3]
-        raise FencedError(
-            f"{store.url}: another writer has taken over (process {process} on {host}, generation "
-            f"{found.generation}; this one is {run.generation}). This one stops; what it had "
-            "written stands, and the other goes on from there."
-        )
+        if found and (found.generation, found.writer) != (run.generation, run.writer):
+            raise _fenced(store, run, found)
 
     return check
+
+
+def _fenced(store: Store, run: Run, newer: Run) -> FencedError:
+    host, process, _ = (*newer.writer.split(":"), "", "")[:3]
+    return FencedError(
+        f"{store.url}: another writer has taken over (process {process} on {host}, generation "
+        f"{newer.generation}; this one is {run.generation}). This one stops; what it had written "
+        "stands, and the other goes on from there."
+    )
 
 
 def _read_record(store: Store) -> bytes | None:
