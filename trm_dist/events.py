@@ -60,6 +60,19 @@ class Skipped(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Diverged(Event):
+    """A batch that is trained again after a restart gives another loss than before.
+
+    Told once in each start: what comes after differs too.
+    """
+
+    loss: float
+    loss_before: float
+    is_other_environment: bool
+    """Whether it ran on another kind of machine then; if not, a machine has failed, or trm_dist."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated(Event):
     """The averaged weights were evaluated on the whole evaluation set."""
 

@@ -25,6 +25,7 @@ from trm_dist.checkpoint.cadence import Cadence
 from trm_dist.checkpoint.catalog import is_whole, position, read_summary
 from trm_dist.checkpoint.manager import CheckpointManager
 from trm_dist.checkpoint.names import FINAL
+from trm_dist.checkpoint.replay import LossLog
 from trm_dist.checkpoint.state import FORMAT_VERSION, digest, sealed
 from trm_dist.checkpoint.store import open_store, split_url
 from trm_dist.elastic.reduction import ShardReduction
@@ -75,6 +76,7 @@ class Trainer:
         self._group, self._emit = group, emit
         self._manager: CheckpointManager | None = None
         self._keeper: Keeper | None = None
+        self._losses: LossLog | None = None
         self._cadence = Cadence(config.checkpoint.snapshot_every)
         module = Trm(plan.shape, seed=config.data.seed)
         self._task = Supervision(
@@ -111,14 +113,27 @@ class Trainer:
             )
         self._ddp.register_comm_hook(None, self._reduction.hook)
 
-    def run(self, keeper: Keeper | None, manager: CheckpointManager | None) -> None:
+    def loss_log(self, buffer: memoryview) -> LossLog:
+        """Return the log in which the losses of this run can be compared."""
+        plan = self._plan
+        subject = {
+            "run": (plan.start.run.run_id, plan.start.run.branch),
+            "dataset": plan.dataset.sha256,
+            "config": plan.config.exact(),
+        }
+        return LossLog(buffer, subject, environment(plan.config))
+
+    def run(
+        self, keeper: Keeper | None, manager: CheckpointManager | None, losses: LossLog | None
+    ) -> None:
         """Train to the end, evaluate, and leave the final checkpoint.
 
         Args:
             keeper: Takes the snapshots; in one worker of each node.
             manager: In the writer only, where it is the keeper too.
+            losses: What the batches gave before; in one worker of each node.
         """
-        self._keeper, self._manager = keeper, manager
+        self._keeper, self._manager, self._losses = keeper, manager, losses
         started_s, first = time.monotonic(), self._progress
         self._tell_start()
         if keeper:
@@ -127,6 +142,7 @@ class Trainer:
             manager.save_if_due()
         while not self._is_finished():
             batch = self._train_batch()
+            self._compare(batch)
             is_kept = self._keep(batch.seconds)
             self._emit(batch)  # with a snapshot after each, a batch that was told of is in one
             if manager and is_kept:
@@ -135,6 +151,20 @@ class Trainer:
             if interval and self._progress.batch_count % interval == 0:
                 self._evaluate()
         self._finish(first, time.monotonic() - started_s)
+
+    def _compare(self, batch: events.Batch) -> None:
+        """Tell of the first batch that gives another loss than before the restart."""
+        found = self._losses.check(batch.progress.batch_count, batch.loss) if self._losses else None
+        if found:
+            self._losses = None
+            self._emit(
+                events.Diverged(
+                    progress=batch.progress,
+                    loss=batch.loss,
+                    loss_before=found.before,
+                    is_other_environment=found.is_other_environment,
+                )
+            )
 
     def _keep(self, batch_s: float) -> bool:
         """Capture this boundary if it is due."""

@@ -28,6 +28,7 @@ from trm_dist.checkpoint.memory import (
     reopened,
     take_slots,
 )
+from trm_dist.checkpoint.replay import NUM_BYTES
 
 ROOT = Path(__file__).parents[2]
 SIZE = {"num_slots": 3, "header_bytes": 100, "body_bytes": 5000}
@@ -326,7 +327,7 @@ def test_fewer_slots_are_taken_where_there_is_less_room(
     directory: str, num_bytes: int, num_slots: int, num_files: int, message: str,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(os, "posix_fallocate", Small(num_bytes))
+    monkeypatch.setattr(os, "posix_fallocate", Small(NUM_BYTES + num_bytes))
 
     slots = take_slots(directory, "store", **SIZE)
 

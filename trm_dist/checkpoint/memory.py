@@ -24,12 +24,14 @@ from hashlib import blake2b
 
 import xxhash
 
+from trm_dist.checkpoint import replay
+
 logger = logging.getLogger(__name__)
 
 STALE_S = 3600.0
 """Age after which a file nobody has locked belongs to a run that nobody restarts."""
 
-_MAGIC = b"trm_dist snapshots 1"
+_MAGIC = b"trm_dist snapshots 2"
 _CONTROL = struct.Struct("<20sIQQ")  # magic, slots, bytes of a slot's header, bytes of its body
 _SLOT = struct.Struct("<QQQ")  # sequence number (0: torn), bytes of the header, checksum
 _PAGE = 4096
@@ -83,7 +85,7 @@ class Slots:
             raise ValueError("too short to hold snapshots")
         magic: bytes
         magic, self.num_slots, self.header_bytes, self.body_bytes = _CONTROL.unpack(control)
-        size = _PAGE + self.num_slots * (_PAGE + self.header_bytes + self.body_bytes)
+        size = self._start(self.num_slots) + replay.NUM_BYTES
         if magic != _MAGIC or os.fstat(descriptor).st_size != size:
             raise ValueError("not a file of snapshots")
         can_write = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
@@ -101,7 +103,7 @@ class Slots:
             OSError: There is not enough memory.
         """
         header_bytes, body_bytes = _whole_pages(header_bytes), _whole_pages(body_bytes)
-        size = _PAGE + num_slots * (_PAGE + header_bytes + body_bytes)
+        size = _PAGE + num_slots * (_PAGE + header_bytes + body_bytes) + replay.NUM_BYTES
         os.posix_fallocate(descriptor, 0, size)
         slots_control = _CONTROL.pack(_MAGIC, num_slots, header_bytes, body_bytes)
         os.pwrite(descriptor, slots_control, 0)
@@ -150,6 +152,11 @@ class Slots:
         """Return the slot that was written last."""
         held = [each for each in map(self.read, range(self.num_slots)) if each]
         return max(held, key=lambda each: each.sequence, default=None)
+
+    @property
+    def loss_log(self) -> memoryview:
+        """Room behind the slots for the losses of batches; see `replay`."""
+        return self._view[self._start(self.num_slots) :]
 
     @property
     def _mapping(self) -> mmap.mmap:

@@ -18,6 +18,12 @@ def console(log_format: str, *, log_every_s: float) -> Emit:
     return print_json if log_format == "json" else TextLines(log_every_s)
 
 
+def only_trouble(event: Event) -> None:
+    """Log what the writer cannot know; for workers that do not speak for the run."""
+    if isinstance(event, events.Diverged):
+        logger.warning("%s", _diverged(event))
+
+
 def print_json(event: Event) -> None:
     """Print an event as one line of JSON on stdout; floats keep all their bits.
 
@@ -116,6 +122,21 @@ def _skipped(event: events.Skipped) -> str:
     return f"batch {event.progress.batch_count} left early: not finite; samples {event.samples}"
 
 
+def _diverged(event: events.Diverged) -> str:
+    cause = (
+        "it ran in another environment then (processor, threads or version of torch), so this "
+        "run's last bits are no longer those of an undisturbed one; --cpu-capability and the same "
+        "image on every node keep them"
+        if event.is_other_environment
+        else "nothing has changed, so a processor or its memory has failed, or trm_dist is wrong; "
+        "what comes now is not to be trusted: go on from an older checkpoint on another machine"
+    )
+    return (
+        f"batch {event.progress.batch_count} is trained again and gives the loss "
+        f"{event.loss.hex()}, and gave {event.loss_before.hex()} before: {cause}"
+    )
+
+
 def _stopped(event: events.Stopped) -> str:
     at = event.progress
     return (
@@ -138,13 +159,14 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-_WARNINGS = (events.CommitFailed, events.Skipped)
+_WARNINGS = (events.CommitFailed, events.Skipped, events.Diverged)
 _RENDER: dict[type[Event], Callable[..., str]] = {
     events.Started: _started,
     events.Evaluated: _evaluated,
     events.Committed: _committed,
     events.CommitFailed: _commit_failed,
     events.Skipped: _skipped,
+    events.Diverged: _diverged,
     events.Stopped: _stopped,
     events.Finished: _finished,
 }
