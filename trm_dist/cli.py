@@ -16,6 +16,7 @@ import tyro
 from trm_dist import __version__, logs
 from trm_dist.config import Config
 from trm_dist.elastic.agent import die_with_agent, end_agent, let_the_first_speak
+from trm_dist.elastic.capability import pin_capability
 from trm_dist.errors import EXIT_GAVE_UP, EXIT_INTERRUPTED, EXIT_USAGE, TrmDistError, UserError
 from trm_dist.logs import say, tell
 
@@ -124,6 +125,7 @@ def _parse(
 
 
 def _train(config: Config, given: frozenset[str]) -> int:
+    pin_capability(config.train.cpu_capability, os.environ)
     from trm_dist.worker import train
 
     train(config, given)
@@ -137,6 +139,7 @@ def _look(command: str, arguments: list[str], is_speaker: bool) -> int:
 
 
 def _check(config: Config, given: frozenset[str]) -> int:
+    pin_capability(config.train.cpu_capability, os.environ)
     from trm_dist.checkpoint.memory import SnapshotDir
     from trm_dist.checkpoint.resume import remembered
     from trm_dist.checkpoint.store import open_store

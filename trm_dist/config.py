@@ -107,12 +107,17 @@ class TrainConfig:
     """Batches between evaluations; 0: at the end only."""
     threads: int = 1
     """Threads of a worker; another number may change the last bits of every sum."""
+    hang_timeout: float = 1800.0
+    """Seconds that a worker waits for another one, or for its store, before it takes it for lost."""
+    cpu_capability: Literal["auto", "default", "avx2", "avx512"] = "auto"
+    """Processor instructions to use: what the processor has, or one level on nodes of any age."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "n_sup", "threads"):
             _require(self, name, lambda value: value >= 1, "must be at least 1")
         for name in ("warmup_steps", "eval_interval", "weight_decay", "clip"):
             _require(self, name, _is_size, "must not be negative")
+        _require(self, "hang_timeout", lambda value: 0 < value < math.inf, "must be above 0")
         _require(self, "lr", lambda value: 0 < value < math.inf, "must be above 0")
         for name in ("ema", "halt_explore"):
             _require(self, name, lambda value: 0 <= value < 1, "must be in [0, 1)")
@@ -194,6 +199,11 @@ class Config:
             each.name: getattr(owner, each.name) for owner in subjects for each in fields(owner)
         }
 
+    def exact(self) -> dict[str, Any]:
+        """Return the settings that the bits of a batch depend on, besides data and environment."""
+        values = self.flat()
+        return {name: values[name] for name in sorted(_EXACT)}
+
     def with_values(self, values: Mapping[str, Any]) -> Self:
         """Return a copy in which the named settings are replaced; each value is checked.
 
@@ -210,9 +220,21 @@ class Config:
 
 PER_START = frozenset({
     "checkpoint_dir", "resume", "overwrite", "allow_dataset_change", "snapshot_dir",
-    "snapshot_slots", "grace_period",
+    "snapshot_slots", "grace_period", "cpu_capability", "hang_timeout",
 })  # fmt: skip
 """Settings that speak of one start and are not taken from a checkpoint."""
+
+_EXACT = frozenset(
+    each.name for subject in (ModelConfig, DataConfig, TrainConfig) for each in fields(subject)
+) - {
+    "dataset",
+    "eval_dataset",
+    "epochs",
+    "eval_interval",
+    "threads",
+    "hang_timeout",
+    "cpu_capability",
+}
 
 IDENTITY = frozenset({each.name for each in fields(ModelConfig)} | {"batch_size", "shards", "seed"})
 """Settings that make a run what it is: another value cannot continue it."""

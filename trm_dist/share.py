@@ -7,6 +7,9 @@ long as one other lives.
 
 import json
 import logging
+import socket
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -14,14 +17,20 @@ import torch
 
 from trm_dist.checkpoint.memory import SnapshotDir
 from trm_dist.checkpoint.resume import MEMORY, Remembered, Start, newest_of, remembered
-from trm_dist.checkpoint.runs import Run
+from trm_dist.checkpoint.runs import Run, read_run
 from trm_dist.checkpoint.snapshot import Flat, unflatten
 from trm_dist.checkpoint.store import open_store
 from trm_dist.config import Config
 from trm_dist.elastic.world import Group
-from trm_dist.plan import Plan, from_message, plan_from, to_message
+from trm_dist.errors import ConfigError
+from trm_dist.plan import Plan, environment, from_message, plan_from, to_message
 
 logger = logging.getLogger(__name__)
+
+_VISIBLE_WITHIN_S = 10.0
+"""How long what one node has written may take until another one sees it, as on NFS."""
+
+_POLL_S = 0.2
 
 
 def share_plan(
@@ -36,10 +45,12 @@ def share_plan(
         group: The formed process group.
 
     Raises:
-        UserError: This node's data are not the writer's, or the flags do not go with the state.
+        UserError: This node's data or store are not the writer's, or the flags do not go with the
+            state.
     """
     about = json.loads(bytes(group.broadcast(_describe(plan, config) if plan else b"")))
     run = Run(**about["run"])
+    _check_store_is_shared(run, config, group)
     ours: Remembered | None = None
     state: dict[str, Any] | None = None
     if group.world.is_first_of_node and not group.world.is_writer:
@@ -57,7 +68,75 @@ def share_plan(
     elif about["batch_count"] >= 0:
         state = _share_plans_state(plan, group)
     message = bytes(group.broadcast(to_message(plan) if plan else b""))
-    return plan or from_message(message, state), about["identity"]
+    plan = plan or from_message(message, state)
+    _compare_environments(environment(plan.config), group)
+    return plan, about["identity"]
+
+
+def _check_store_is_shared(run: Run, config: Config, group: Group) -> None:
+    """Find a store that is another one on another node: every node must see the writer's claim.
+
+    Raises:
+        ConfigError: In all workers alike.
+    """
+    trouble = ""
+    if group.world.is_first_of_node and not group.world.is_writer:
+        trouble = _why_unseen(run, config.checkpoint.checkpoint_dir)
+    told = [each.decode() for each in group.gather(trouble.encode())]
+    if first := next(filter(None, told), None):
+        message = (
+            f"--checkpoint-dir {config.checkpoint.checkpoint_dir} is not shared by the nodes: "
+            f"{first}. Use s3://BUCKET/RUN or a directory that is mounted on all of them."
+        )
+        raise ConfigError(message if group.world.is_first_of_node else "")
+
+
+def _why_unseen(run: Run, url: str) -> str:
+    """Return why this node does not see the writer's claim; empty: it does."""
+    give_up_at = time.monotonic() + _VISIBLE_WITHIN_S
+    while True:
+        try:
+            found = read_run(open_store(url))
+            if found and found.writer == run.writer:
+                return ""
+            trouble = f"{socket.gethostname()} does not see what {_host_of(run)} has written there"
+        except OSError as error:
+            trouble = f"{socket.gethostname()} cannot read it ({error})"
+        if time.monotonic() > give_up_at:
+            return trouble
+        time.sleep(_POLL_S)
+
+
+def _host_of(run: Run) -> str:
+    return run.writer.split(":")[0]
+
+
+def _compare_environments(ours: Mapping[str, str], group: Group) -> None:
+    """Warn when workers may compute other bits than the first one."""
+    told = group.gather(json.dumps({**ours, "host": socket.gethostname()}).encode())
+    if group.world.is_writer:
+        for line in differences([json.loads(each) for each in told]):
+            logger.warning("%s", line)
+
+
+def differences(environments: Sequence[Mapping[str, str]]) -> list[str]:
+    """Say which workers' environments are not that of the first one.
+
+    Args:
+        environments: By rank; `host` names the machine and is not compared.
+    """
+    first = environments[0]
+    lines: dict[tuple[str, str, str], int] = {}
+    for rank, each in enumerate(environments):
+        for name in sorted(first.keys() - {"host"}):
+            if each[name] != first[name]:
+                lines.setdefault((each["host"], name, each[name]), rank)
+    return [
+        f"{name} is {value} in worker {rank} on {host} and {first[name]} in worker 0 on "
+        f"{first['host']}: the last bits of the results will depend on which of them computes what"
+        + ("; --cpu-capability makes them alike" if name == "cpu_capability" else "")
+        for (host, name, value), rank in lines.items()
+    ]
 
 
 def _describe(plan: Plan, config: Config) -> bytes:

@@ -34,17 +34,19 @@ from trm_dist.errors import (
     TrmDistError,
     UserError,
 )
-from trm_dist.events import Emit, Event, Stopped
+from trm_dist.events import Emit, Stopped
 from trm_dist.logs import tell
-from trm_dist.observe.console import console
+from trm_dist.observe.console import console, only_trouble
 from trm_dist.plan import Plan, check_space, make_plan
 from trm_dist.share import share_plan
 from trm_dist.train import Trainer, pin_numerics
 
 logger = logging.getLogger(__name__)
 
-_SIGNS_OF_A_LOST_WORKER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-"""How gloo's RuntimeError tells that the other end of a connection has ended."""
+_SIGNS_OF_A_LOST_WORKER = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
+)  # fmt: skip
+"""How gloo's RuntimeError tells that the other end of a connection has ended or is silent."""
 
 _HEADER_GROWTH_BYTES = 4096
 """Room for counters that get longer."""
@@ -79,12 +81,12 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
     """
     world = World.from_environment(os.environ)
     plan = persister = None
-    saving = _Saving(_hear_nothing)
+    saving = _Saving(only_trouble)
     if world.is_writer:
         plan, persister = _plan_and_claim(config, given)
         log = plan.config.log
         saving.emit = console(log.log_format, log_every_s=log.log_every_s)
-    group = form_group(world, os.environ)
+    group = form_group(world, os.environ, config.train.hang_timeout)
     listener = StopListener(lambda signum: _stop(signum, saving))
     listener.start()
     try:
@@ -104,7 +106,8 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
             saving.manager = CheckpointManager(
                 snapshots, persister, checkpoint, saving.emit, inherited
             )
-        trainer.run(saving.manager or snapshots, saving.manager)
+        losses = trainer.loss_log(saving.slots.loss_log) if saving.slots else None
+        trainer.run(saving.manager or snapshots, saving.manager, losses)
     except Exception as error:  # noqa: BLE001 the border: whatever it was, the newest state is kept
         _give_up(error, saving, listener)
     _forget_snapshots(saving)
@@ -228,7 +231,8 @@ def _give_up(error: Exception, saving: _Saving, listener: StopListener) -> NoRet
     manager = saving.manager
     is_lost_worker = any(sign in str(error) for sign in _SIGNS_OF_A_LOST_WORKER)
     if isinstance(error, TrmDistError):
-        if manager or isinstance(error, UserError):  # of the others all workers see the same
+        # Of the errors that all workers see alike, one speaks.
+        if str(error) and (manager or isinstance(error, UserError)):
             tell(str(error))
     elif is_lost_worker:
         logger.warning("another worker is gone (%s)", str(error).splitlines()[0])
@@ -252,7 +256,3 @@ def _leave(code: int) -> NoReturn:
         with suppress(OSError):  # a reader that has left
             stream.flush()
     os._exit(code)
-
-
-def _hear_nothing(_event: Event) -> None:
-    """Stand in for the listener in workers that do not speak."""

@@ -204,7 +204,7 @@ def throughput(only: str = "", blocks: int = 6, steps: int = 40, every: int = 20
     """Print the speed of training with a save every so many steps, against none."""
     torch.set_num_threads(1)
     world = World.from_environment(os.environ)
-    group = form_group(world, os.environ)
+    group = form_group(world, os.environ, 60)
     loop = Loop(world)
     for _ in range(3):
         loop.step()

@@ -153,7 +153,7 @@ FAR_RESUME = """
     settings = settings.with_derived(**derived_sizes(config, seq_len=16))
     start = Start(Run.fresh(""), "", None)
     plan = Plan(settings, start, data, None, shape_of(settings.config, 6))
-    trainer = Trainer(plan, form_group(World(), os.environ), lambda event: None)
+    trainer = Trainer(plan, form_group(World(), os.environ, 60), lambda event: None)
     at = int(sys.argv[1])
     trainer._progress = Progress(batch_idx=at, batch_count=at)
     trainer._train_batch()

@@ -1,5 +1,6 @@
 """The sum of the shards' gradients has the same bits whoever computes which shard."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -54,7 +55,8 @@ def run_worker(
     rank: int, world_size: int, gradients: list[list[Tensor]], order: list[int]
 ) -> dict[Node, Tensor]:
     """Return what a worker hands to the exchange: its tree nodes, flat in the bucket's order."""
-    parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    dtype = gradients[0][0].dtype
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in SHAPES]
     reduction = ShardReduction(
         parameters, num_shards=len(gradients), rank=rank, world_size=world_size
     )
@@ -232,6 +234,32 @@ def test_hook_of_a_lonely_worker_gives_the_sum(num_shards: int) -> None:
     reduced = reduction.hook(None, bucket).value()  # type: ignore[arg-type]
 
     assert torch.equal(reduced, sum_along_the_tree(gradients))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("shard", range(5))
+def test_what_is_not_finite_stays_so(value: float, shard: int) -> None:
+    gradients = make_gradients(5)
+    gradients[shard][0][1, 2] = value
+
+    total = run_worker(0, 1, gradients, [0, 1, 2])[0, 5]
+
+    assert torch.equal(total[7].isnan(), torch.tensor(math.isnan(value)))
+    assert not total[7].isfinite()
+    assert total[torch.arange(len(total)) != 7].isfinite().all()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_sum_in_half_precision_has_the_same_bits_at_every_world_size(world_size: int) -> None:
+    gradients = [[each.bfloat16() for each in shard] for shard in make_gradients(8)]
+
+    known: dict[Node, Tensor] = {}
+    for rank in range(world_size):
+        known |= run_worker(rank, world_size, gradients, [0, 1, 2])
+    total = fold((0, 8), known.get)
+
+    assert total.dtype == torch.bfloat16
+    assert torch.equal(total, sum_along_the_tree(gradients))
 
 
 # -- what is held ----------------------------------------------------------------------------------

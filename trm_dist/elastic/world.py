@@ -83,14 +83,20 @@ class Group:
             dist.broadcast(buffer, src=source)
         return buffer.numpy().data
 
+    def gather(self, data: bytes) -> list[bytes]:
+        """Return what every worker brings, by rank."""
+        return [bytes(self.broadcast(data, source)) for source in range(self.world.size)]
+
     def barrier(self) -> None:
         """Wait for everyone."""
         if self.world.size > 1:
             dist.barrier()
 
 
-def form_group(world: World, environment: Mapping[str, str]) -> Group:
+def form_group(world: World, environment: Mapping[str, str], hang_timeout_s: float) -> Group:
     """Form the process group with gloo.
+
+    A worker that waits for another one longer than `hang_timeout_s` takes it for lost.
 
     torchrun keeps one key-value store over all restarts of the workers, and gloo would meet the
     addresses of dead ones in it. So each start of the group meets under a prefix of its own,
@@ -109,7 +115,13 @@ def form_group(world: World, environment: Mapping[str, str]) -> Group:
             timeout=timeout,
         )
         store = dist.PrefixStore(agree_on_prefix(shared, world), shared)
-    dist.init_process_group("gloo", store=store, rank=world.rank, world_size=world.size)
+    dist.init_process_group(
+        "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=hang_timeout_s),
+    )
     return Group(world)
 
 
