@@ -208,6 +208,7 @@ def training(
     max_restarts: int = 0,
     flags: dict[str, str] | None = None,
     base: dict[str, str] = SMALL,
+    variables: dict[str, str] | None = None,
 ) -> Iterator[Training]:
     """Start the small training; whatever is left of it at the end is killed.
 
@@ -217,13 +218,15 @@ def training(
         max_restarts: torchrun's.
         flags: Flags besides or instead of the base's.
         base: Flags that are usually given.
+        variables: Of its environment.
     """
     launcher = [sys.executable, "-m"]
     if workers:
         launcher += ["torch.distributed.run", f"--nproc_per_node={workers}"]
         launcher += [f"--max-restarts={max_restarts}", "-m"]
     wanted = base | {"--checkpoint-dir": str(directory)} | (flags or {})
-    with started(directory, [*launcher, "trm_dist", "train", *as_arguments(wanted)]) as running:
+    command = [*launcher, "trm_dist", "train", *as_arguments(wanted)]
+    with started(directory, command, variables) as running:
         yield running
 
 
@@ -233,8 +236,10 @@ def as_arguments(flags: dict[str, str]) -> list[str]:
 
 
 @contextmanager
-def started(directory: Path, command: list[str]) -> Iterator[Training]:
-    """Start a command; its output goes beside the directory."""
+def started(
+    directory: Path, command: list[str], variables: dict[str, str] | None = None
+) -> Iterator[Training]:
+    """Start a command with some variables; its output goes beside the directory."""
     number = len(list(directory.parent.glob("*.out")))
     output = directory.parent / f"{number}.out"
     errors = directory.parent / f"{number}.err"
@@ -245,7 +250,7 @@ def started(directory: Path, command: list[str]) -> Iterator[Training]:
         if not name.startswith(("TORCH", "OMP_", "RANK", "WORLD", "MASTER"))
     }
     mark = f"{_MARK}={secrets.token_hex(8)}"
-    environment |= dict([mark.split("=")])
+    environment |= dict([mark.split("=")]) | (variables or {})
     with output.open("wb") as out, errors.open("wb") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
     running = Training(process, output, errors, mark)
