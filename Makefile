@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test test-unit test-elastic test-s3 soak bench-checkpoints lint type layers check
+.PHONY: setup train test test-unit test-elastic test-s3 soak bench-checkpoints bench-reduction lint type layers check
 
 setup: $(READY)
 
@@ -40,6 +40,13 @@ bench-checkpoints: .venv-bench/.ready
 	.venv-bench/bin/torchrun --nproc_per_node=2 -m tests.benchmarks.saving throughput
 	.venv-bench/bin/python -m tests.benchmarks.loading resume
 	.venv-bench/bin/python -m tests.benchmarks.loading s3
+
+# What the fixed order of sums costs, beside native DDP, with 1 to 5 workers.
+bench-reduction: $(READY)
+	$(BIN)/python -m tests.benchmarks.reduction 256 24
+	for workers in 2 3 4 5; do \
+	    $(BIN)/torchrun --nproc_per_node=$$workers -m tests.benchmarks.reduction 256 24 || exit 1; \
+	done
 
 .venv-bench/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
