@@ -86,6 +86,24 @@ def test_server_that_dies_and_comes_back_costs_time_and_nothing_else(
     assert len(open_store(url).entries()) == 42
 
 
+def test_restart_while_the_server_is_away_waits_for_it(
+    place: Path, url: str, server: Server, undisturbed: Undisturbed
+) -> None:
+    flags = NO_COMMITS | {"--checkpoint-dir": url}
+    with training(place, workers=2, max_restarts=1, flags=flags) as run:
+        run.wait_for_batches(9)
+        server.kill()
+        kill(run.worker(0))
+        time.sleep(8)  # the new workers are there by then, and ask in vain
+        assert run.process.poll() is None, run.messages()
+        assert len(run.events("started")) == 1
+        server.start()
+        assert run.end() == 0, run.messages()
+        assert [each["source"] for each in run.events("started")[1:]] == ["memory"]
+        assert told_twice(run) == []
+        assert_same_bits([run], undisturbed)
+
+
 def test_trainer_on_another_node_takes_over_and_the_older_one_stops_for_good(
     place: Path, url: str, proxy: Proxy, undisturbed: Undisturbed,
     monkeypatch: pytest.MonkeyPatch,
