@@ -108,7 +108,7 @@ class TrainConfig:
     threads: int = 1
     """Threads of a worker; another number may change the last bits of every sum."""
     hang_timeout: float = 1800.0
-    """Seconds that a worker waits for another one, or for its store, before it takes it for lost."""
+    """Seconds that a worker waits for another one, or its store, before it takes it for lost."""
     cpu_capability: Literal["auto", "default", "avx2", "avx512"] = "auto"
     """Processor instructions to use: what the processor has, or one level on nodes of any age."""
 
