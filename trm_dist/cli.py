@@ -66,6 +66,7 @@ def _dispatch(arguments: list[str], defaults: Config, *, is_speaker: bool) -> in
         "inspect": lambda rest: _look("inspect", rest, is_speaker),
         "verify": lambda rest: _look("verify", rest, is_speaker),
         "prune": lambda rest: _look("prune", rest, is_speaker),
+        "predict": lambda rest: _predict(rest, is_speaker),
     }
     if not arguments or arguments[0] in {"-h", "--help"}:
         say(f"usage: trm_dist {{{','.join(commands)}}} ...; each has --help")
@@ -136,6 +137,12 @@ def _look(command: str, arguments: list[str], is_speaker: bool) -> int:
 
     kind, run = inspection.COMMANDS[command]
     return run(_parse(command, kind, arguments, is_speaker))
+
+
+def _predict(arguments: list[str], is_speaker: bool) -> int:
+    from trm_dist.predict import PredictArguments, predict
+
+    return predict(_parse("predict", PredictArguments, arguments, is_speaker))
 
 
 def _check(config: Config, given: frozenset[str]) -> int:

@@ -55,7 +55,7 @@ class VerifyArguments:
 
 def list_checkpoints(arguments: ListArguments) -> int:
     """Print a line each, oldest first."""
-    store, names = _checkpoints_at(arguments.path)
+    store, names = checkpoints_at(arguments.path)
     entries = {entry.name: entry for entry in store.entries()}
     rows: list[dict[str, Any]] = []
     for name in [each for each in names if each in entries]:
@@ -84,7 +84,7 @@ def list_checkpoints(arguments: ListArguments) -> int:
 
 def inspect_checkpoint(arguments: InspectArguments) -> int:
     """Print one checkpoint; exit code 1 when it is damaged."""
-    store, names = _checkpoints_at(arguments.path)
+    store, names = checkpoints_at(arguments.path)
     name = names[-1]
     try:
         state = from_bytes(store.view(name))
@@ -115,7 +115,7 @@ def inspect_checkpoint(arguments: InspectArguments) -> int:
 
 def verify_checkpoints(arguments: VerifyArguments) -> int:
     """Print what is good and what is not; exit code 1 when anything is not."""
-    store, names = _checkpoints_at(arguments.path)
+    store, names = checkpoints_at(arguments.path)
     damage = {}
     for name in names:
         with suppress(FileNotFoundError):  # a run that goes on may let it go meanwhile
@@ -209,7 +209,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
 """Arguments and function of each command."""
 
 
-def _checkpoints_at(path: str) -> tuple[Store, list[str]]:
+def checkpoints_at(path: str) -> tuple[Store, list[str]]:
     """Return the store and the names meant by a directory or a file, oldest first.
 
     Raises:

@@ -28,6 +28,9 @@ KEYS = frozenset(COUNTERS) | {
 }  # fmt: skip
 """Top-level keys of a checkpoint."""
 
+MODEL_KEYS = frozenset({"model_state_dict", "config", "dataset", "format_version"})
+"""Those that an exported model has too."""
+
 _DIGEST_SECTIONS = ("model_state_dict", "ema_state_dict", "optimizer_state_dict")
 
 
@@ -40,11 +43,12 @@ def sealed(content: dict[str, Any]) -> list[Piece]:
     return pieces
 
 
-def from_bytes(data: bytes | memoryview) -> dict[str, Any]:
+def from_bytes(data: bytes | memoryview, keys: frozenset[str] = KEYS) -> dict[str, Any]:
     """Verify and load a checkpoint; never runs code that the bytes might carry.
 
     Args:
         data: The whole file. Tensors are views of it, so it must stay as it is while they are used.
+        keys: What it must have.
 
     Raises:
         CorruptCheckpointError: The bytes are not what was written, or no checkpoint of this format.
@@ -59,7 +63,7 @@ def from_bytes(data: bytes | memoryview) -> dict[str, Any]:
         raise CorruptCheckpointError(
             f"it cannot be loaded: {(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
-    if not isinstance(state, dict) or not state.keys() >= KEYS:
+    if not isinstance(state, dict) or not state.keys() >= keys:
         raise CorruptCheckpointError("it does not hold a training state")
     if not isinstance(state["format_version"], int):
         raise CorruptCheckpointError("its format_version is not a number")

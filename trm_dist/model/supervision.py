@@ -114,8 +114,27 @@ class Supervision:
         return objective, table, Carry(rows, output, latent, is_active, carry.min_steps, step)
 
     @torch.no_grad()
+    def answer(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Answer questions as the paper evaluates: after all n_sup steps.
+
+        Args:
+            tokens: int64 [B, L].
+
+        Returns:
+            The answers, int64 [B, L], and the steps at which the halting head would have stopped,
+            int64 [B].
+        """
+        output, latent = self.module.start(len(tokens))
+        steps = torch.zeros(len(tokens), dtype=torch.int64)
+        has_halted = torch.zeros(len(tokens), dtype=torch.bool)
+        for _ in range(self.max_steps):
+            logits, halt, output, latent = self.module(tokens, output, latent)
+            steps += ~has_halted
+            has_halted |= halt > 0
+        return logits.argmax(-1), steps
+
     def evaluate(self, tokens: Tensor, labels: Tensor, num_rows: int) -> Tensor:
-        """Answer questions and compare, as the paper evaluates: after all n_sup steps.
+        """Answer questions and compare.
 
         Args:
             tokens: int64 [B, L].
@@ -126,15 +145,9 @@ class Supervision:
             int64 [5]: cells correct, cells, rows exact, rows, and the sum of the steps at which
             the halting head would have stopped.
         """
-        output, latent = self.module.start(len(tokens))
-        steps = torch.zeros(len(tokens), dtype=torch.int64)
-        has_halted = torch.zeros(len(tokens), dtype=torch.bool)
-        for _ in range(self.max_steps):
-            logits, halt, output, latent = self.module(tokens, output, latent)
-            steps += ~has_halted
-            has_halted |= halt > 0
+        answers, steps = self.answer(tokens)
         counts = labels != IGNORED
-        correct = ((logits.argmax(-1) == labels) & counts).sum(-1)[:num_rows]
+        correct = ((answers == labels) & counts).sum(-1)[:num_rows]
         cells = counts.sum(-1)[:num_rows]
         exact = (correct == cells).sum()
         num = torch.tensor(num_rows)

@@ -1,0 +1,272 @@
+"""What a trained model answers: puzzles beside the truth, or completions of text."""
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import tyro
+
+from trm_dist.checkpoint.state import MODEL_KEYS, from_bytes
+from trm_dist.config import Config
+from trm_dist.data import codec, sudoku
+from trm_dist.data.codec import IGNORED
+from trm_dist.data.dataset import Dataset, open_dataset
+from trm_dist.errors import CorruptCheckpointError, UserError
+from trm_dist.inspection import checkpoints_at
+from trm_dist.logs import say
+from trm_dist.model.supervision import Supervision
+from trm_dist.model.trm import Trm
+from trm_dist.plan import shape_of
+
+_GREEN, _RED, _PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[0m"
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PredictArguments:
+    """Show what a model answers, from a checkpoint or a file that --save has written."""
+
+    path: tyro.conf.Positional[str] = "checkpoints"
+    """Checkpoint, exported model, or a directory, of which the newest checkpoint is taken."""
+    dataset: str = ""
+    """Questions; empty: the evaluation set of the run, or else what it was trained on."""
+    first: int = 0
+    """Number of the first sample shown."""
+    count: int = 4
+    """How many are shown."""
+    ask: str = ""
+    """A question of your own: text, or a puzzle as its cells row by row, blanks as dots."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Averaged weights, or those of the last step."""
+    json: bool = False
+    """Print one JSON document and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A trained model and what it was trained as."""
+
+    name: str
+    task: Supervision
+    config: Config
+    codec: str
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One question and what became of it; tokens, [L]."""
+
+    number: int
+    """Of the sample; -1: a question of one's own."""
+    question: npt.NDArray[np.int64]
+    answer: npt.NDArray[np.int64]
+    truth: npt.NDArray[np.int64] | None
+    """-100 where a position does not count."""
+    steps: int
+    """Supervision steps after which the halting head would have stopped."""
+
+    @property
+    def is_right(self) -> npt.NDArray[np.bool_] | None:
+        """Whether each position that counts is right, and True elsewhere."""
+        if self.truth is None:
+            return None
+        return np.asarray((self.answer == self.truth) | (self.truth == IGNORED))
+
+
+def predict(arguments: PredictArguments) -> int:
+    """Print answers."""
+    if arguments.first < 0 or arguments.count < 1:
+        raise UserError("predict: --first must not be negative, and --count at least 1.")
+    model = load_model(arguments.path, arguments.weights)
+    if arguments.ask:
+        inputs, labels, numbers = _encode(arguments.ask, model), None, np.array([-1])
+    else:
+        dataset = _open(arguments.dataset, model)
+        last = min(arguments.first + arguments.count, dataset.num_samples)
+        numbers = np.arange(arguments.first, last)
+        if not len(numbers):
+            raise UserError(
+                f"predict: --first {arguments.first}, and {dataset.url} has "
+                f"{dataset.num_samples} samples, counted from 0."
+            )
+        inputs, labels = dataset.rows(numbers)
+    answers = answer(model, inputs, labels, numbers)
+    if arguments.json:
+        say(json.dumps([_as_plain(each, model.codec) for each in answers]))
+        return 0
+    colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    draw = _draw_text if model.codec == "bytes" else _draw_puzzle
+    say(f"{model.name}, {arguments.weights} weights, {model.task.max_steps} supervision steps")
+    for each in answers:
+        say("\n" + _title(each))
+        say(draw(each, colours))
+    return 0
+
+
+def load_model(path: str, weights: Literal["ema", "raw"]) -> Model:
+    """Load a model from a checkpoint, a directory of them, or an exported file.
+
+    Raises:
+        UserError: There is none, it is damaged, or it has no such weights.
+    """
+    store, names = checkpoints_at(path)
+    name = names[-1]
+    try:
+        state = from_bytes(store.view(name), MODEL_KEYS)
+    except CorruptCheckpointError as error:
+        raise UserError(
+            f"{name} is damaged: {error}. `trm_dist verify {path}` names the good ones."
+        ) from error
+    averages = state.get("ema_state_dict")
+    if averages is None and weights == "raw":
+        raise UserError(f"{name} is an exported model and has averaged weights only.")
+    known = Config().flat().keys()
+    stored = {key: value for key, value in state["config"].items() if key in known}
+    config = Config().with_values(stored)
+    module = Trm(shape_of(config, state["dataset"]["num_tokens"]), seed=config.data.seed)
+    module.load_state_dict(state["model_state_dict"])
+    if averages is not None and weights == "ema":
+        module.load_state_dict(averages["weights"], strict=False)  # buffers are not averaged
+    task = Supervision(
+        module,
+        n_sup=config.train.n_sup,
+        halt_explore=0.0,
+        loss=config.train.loss,
+        seed=config.data.seed,
+    )
+    return Model(name, task, config, state["dataset"]["codec"])
+
+
+def answer(
+    model: Model, inputs: npt.NDArray[np.int64], labels: npt.NDArray[np.int64] | None,
+    numbers: npt.NDArray[np.int64],
+) -> list[Answer]:  # fmt: skip
+    """Answer questions, int64 [N, L]."""
+    found: list[Answer] = []
+    for start in range(0, len(inputs), _ROWS_AT_ONCE):
+        some = slice(start, start + _ROWS_AT_ONCE)
+        tokens, steps = model.task.answer(torch.from_numpy(inputs[some]))
+        for row, number in enumerate(numbers[some]):
+            truth = None if labels is None else labels[start + row]
+            found.append(
+                Answer(
+                    int(number), inputs[start + row], tokens[row].numpy(), truth, int(steps[row])
+                )
+            )
+    return found
+
+
+def _open(url: str, model: Model) -> Dataset:
+    data = model.config.data
+    dataset = open_dataset(
+        url or data.eval_dataset or data.dataset,
+        seq_len=model.config.model.seq_len,
+        overlong=data.overlong,
+    )
+    if dataset.codec != model.codec:
+        raise UserError(
+            f"--dataset {dataset.url} ({dataset.codec}) is not of the kind that {model.name} was "
+            f"trained on ({model.codec})."
+        )
+    return dataset
+
+
+def _encode(question: str, model: Model) -> npt.NDArray[np.int64]:
+    length = model.config.model.seq_len
+    if model.codec == "bytes":
+        return codec.encode("", question, "", length).inputs.astype(np.int64)[None]
+    side = math.isqrt(length)
+    cells = "".join(question.split())
+    if len(cells) != length or not all(
+        cell in ".0" or (cell.isascii() and cell.isdigit() and int(cell) <= side) for cell in cells
+    ):
+        raise UserError(
+            f"--ask: a puzzle is {length} cells, row by row, each a digit from 1 to {side} or a "
+            f"dot; this has {len(cells)} cells."
+        )
+    digits = [0 if cell == "." else int(cell) for cell in cells]
+    return np.array([digits], dtype=np.int64) + sudoku.BLANK
+
+
+# -- what is shown ---------------------------------------------------------------------------------
+
+
+def _title(found: Answer) -> str:
+    what = f"sample {found.number}" if found.number >= 0 else "your question"
+    steps = f"would halt after {found.steps} step(s)"
+    right = found.is_right
+    if right is None:
+        return f"{what}: {steps}"
+    counts = np.asarray(found.truth) != IGNORED
+    score = f"{int((right & counts).sum())} of {int(counts.sum())} right"
+    return f"{what}: {'exact' if right.all() else 'not exact'}, {score}, {steps}"
+
+
+def _draw_puzzle(found: Answer, colours: bool) -> str:
+    """Question, answer and truth side by side; a wrong cell has a mark where there is no colour."""
+    side = math.isqrt(len(found.question))
+    grids = [[_cell(token) for token in found.question], _marked_cells(found, colours)]
+    if found.truth is not None:
+        grids.append([_cell(token) for token in found.truth])
+    lines = [
+        "   |  ".join(" ".join(grid[row * side : (row + 1) * side]) for grid in grids)
+        for row in range(side)
+    ]
+    return "\n".join(lines)
+
+
+def _marked_cells(found: Answer, colours: bool) -> list[str]:
+    right = found.is_right
+    cells = []
+    for at, token in enumerate(found.answer):
+        cell = _cell(token)
+        if found.question[at] == sudoku.BLANK and right is not None:
+            if colours:
+                cell = f"{_GREEN if right[at] else _RED}{cell}{_PLAIN}"
+            elif not right[at]:
+                cell = f"!{cell.strip()}"
+        cells.append(cell)
+    return cells
+
+
+def _cell(token: int) -> str:
+    digit = int(token) - sudoku.BLANK
+    return f"{digit if digit > 0 else '.':>2}"
+
+
+def _draw_text(found: Answer, colours: bool) -> str:
+    said = codec.decode(found.answer)
+    right = found.is_right
+    if colours and right is not None:
+        said = f"{_GREEN if right.all() else _RED}{said}{_PLAIN}"
+    lines = [f"question: {codec.decode(found.question)}", f"answer:   {said}"]
+    if found.truth is not None:
+        lines.append(f"truth:    {_truth_text(found.truth)}")
+    return "\n".join(lines)
+
+
+def _truth_text(truth: npt.NDArray[np.int64]) -> str:
+    return codec.decode(np.where(truth == IGNORED, codec.PAD, truth))
+
+
+def _as_plain(found: Answer, kind: str) -> dict[str, Any]:
+    right = found.is_right
+    shown: dict[str, Any] = {"number": found.number, "steps": found.steps}
+    shown["exact"] = None if right is None else bool(right.all())
+    if kind == "bytes":
+        truth = None if found.truth is None else _truth_text(found.truth)
+        return shown | {
+            "question": codec.decode(found.question), "answer": codec.decode(found.answer),
+            "truth": truth,
+        }  # fmt: skip
+    names = {"question": found.question, "answer": found.answer, "truth": found.truth}
+    return shown | {
+        name: None if tokens is None else (tokens - sudoku.BLANK).tolist()
+        for name, tokens in names.items()
+    }
