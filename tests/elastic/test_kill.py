@@ -32,7 +32,9 @@ def assert_same_bits(runs: list[Training], undisturbed: Undisturbed) -> None:
 
 
 # The undisturbed run itself has two workers.
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.soak), 3])
+@pytest.mark.parametrize(
+    "workers", [0, *(pytest.param(size, marks=pytest.mark.soak) for size in (1, 3))]
+)
 def test_digest_is_the_same_at_every_world_size(
     directory: Path, undisturbed: Undisturbed, workers: int
 ) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.elastic.harness import Undisturbed, forget_snapshots, kill_everything, training
 from tests.elastic.nodes import Nodes, nodes
 
-FLAGS = {"--epochs": "80", "--hang-timeout": "8", "--checkpoint-interval": "400"}
+FLAGS = {"--epochs": "40", "--hang-timeout": "8", "--checkpoint-interval": "150"}
 
 OLDER = {"ATEN_CPU_CAPABILITY": "default"}
 """Lets a machine pretend to be an older one, for the kernels of torch."""

@@ -4,6 +4,8 @@ import os
 import struct
 from pathlib import Path
 
+import pytest
+
 from tests.elastic.harness import SNAPSHOTS, Training, Undisturbed, kill_everything, training
 from tests.elastic.test_kill import assert_same_bits
 from tests.elastic.test_memory import NO_COMMITS, told_twice
@@ -69,6 +71,7 @@ def test_other_kind_of_processor_is_named_as_the_cause(directory: Path) -> None:
     assert told["loss"] != told["loss_before"]
 
 
+@pytest.mark.soak
 def test_node_without_the_log_says_nothing(directory: Path, undisturbed: Undisturbed) -> None:
     flags = {"--snapshot-slots": "0", "--checkpoint-interval": "5"}
     with training(directory, workers=2, flags=flags) as run:

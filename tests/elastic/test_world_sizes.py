@@ -21,7 +21,7 @@ HALTING = {
     "--n-sup": "4",
     "--lr": "5e-3",
     "--warmup-steps": "10",
-    "--epochs": "25",
+    "--epochs": "20",
 }
 WIDE = {
     "--dataset": "sudoku4:train?count=256",

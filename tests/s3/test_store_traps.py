@@ -199,6 +199,7 @@ def test_store_is_used_on_both_sides_of_a_fork(store: S3Store, url: str) -> None
     assert sorted(content(store)) == ["childs", "parent", "small"]
 
 
+@pytest.mark.soak
 def test_server_of_a_test_that_was_killed_dies_with_it(tmp_path: Path) -> None:
     command = [sys.executable, "-c", START_SERVER, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
