@@ -21,7 +21,7 @@ from trm_dist.checkpoint.client import PersisterClient
 from trm_dist.checkpoint.manager import Snapshots
 from trm_dist.checkpoint.memory import Slots, SnapshotDir
 from trm_dist.checkpoint.names import LATEST, epoch_name
-from trm_dist.checkpoint.runs import Run, claim, new_writer, read_run
+from trm_dist.checkpoint.runs import RECORD, Run, claim, new_writer, read_run
 from trm_dist.checkpoint.snapshot import Flat
 from trm_dist.checkpoint.store import LocalStore
 from trm_dist.errors import FencedError
@@ -364,6 +364,19 @@ def test_writer_that_comes_back_to_its_node_takes_the_next_generation(
     node.publish(5)
 
     assert node.wait_for("committed")["progress"]["batch_count"] == 5
+
+
+def test_record_that_was_removed_by_hand_is_written_again_for_the_next_trainer(
+    make_node: Callable[..., Node], memory: str
+) -> None:
+    node = make_node()
+    trainer = start_trainer([node.store.url, memory, "1"])
+    node.store.delete(RECORD)
+    end(trainer)
+
+    run = node.open()
+
+    assert read_run(node.store) == run
 
 
 def test_fence_of_the_trainer_before_does_not_stop_the_one_that_just_connected(

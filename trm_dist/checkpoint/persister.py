@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 from trm_dist.checkpoint.archive import plain
 from trm_dist.checkpoint.memory import Slots, remove_if_unlocked
-from trm_dist.checkpoint.runs import Run, claim, guard_of
+from trm_dist.checkpoint.runs import Run, claim, read_run
 from trm_dist.checkpoint.store import Store, open_store
 from trm_dist.checkpoint.writer import Writer
 from trm_dist.errors import FencedError
@@ -293,14 +293,15 @@ class Persister:
 
 
 def _is_newest(store: Store, run: Run) -> bool:
-    """Tell whether a generation is still ours; a store that is away says so when it is back."""
+    """Tell whether the record names our claim; a store that is away says so when it is back.
+
+    A record that was removed by hand is written anew by the next claim, as other nodes look for it.
+    """
     try:
-        guard_of(store, run)()
-    except FencedError:
-        return False
+        found = read_run(store)
     except OSError:
         return True
-    return True
+    return found is not None and (found.generation, found.writer) == (run.generation, run.writer)
 
 
 def main(address: str) -> NoReturn:
