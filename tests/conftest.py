@@ -1,8 +1,16 @@
 """The run that nobody touches, made once; everything else is compared with it."""
 
+import atexit
+import os
+import shutil
+import tempfile
+
 import pytest
 
 from tests.elastic.harness import Undisturbed, training
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="trm_dist-test-cache-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -5,19 +5,41 @@ needs torch is imported after parsing, so that a mistyped flag is answered at on
 """
 
 import difflib
+import gc
 import io
+import json
+import math
 import os
-from collections.abc import Callable, Sequence
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, redirect_stderr
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from typing import Any, TypeVar
 
 import tyro
 
 from trm_dist import __version__, logs
-from trm_dist.config import Config
-from trm_dist.elastic.agent import die_with_agent, end_agent, let_the_first_speak
+from trm_dist.config import Config, flag
+from trm_dist.elastic.agent import (
+    die_with_agent,
+    end_agent,
+    is_under_launch,
+    let_the_first_speak,
+)
 from trm_dist.elastic.capability import pin_capability
-from trm_dist.errors import EXIT_GAVE_UP, EXIT_INTERRUPTED, EXIT_USAGE, TrmDistError, UserError
+from trm_dist.errors import (
+    EXIT_GAVE_UP,
+    EXIT_HOPELESS,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    TrmDistError,
+    UserError,
+)
+from trm_dist.launch.settings import LaunchConfig, Member
 from trm_dist.logs import say, tell
 
 Kind = TypeVar("Kind")
@@ -33,11 +55,16 @@ def main(arguments: Sequence[str], defaults: Config | None = None) -> int:
     Returns:
         The exit code; a run that started training ends the process itself.
     """
+    return _guarded(lambda is_speaker: _dispatch(list(arguments), defaults or Config(), is_speaker))
+
+
+def _guarded(command: Callable[[bool], int]) -> int:
+    """Run a command, which is told whether it speaks for all workers, and return the exit code."""
     rank = int(os.environ.get("RANK", "0"))
     logs.configure(rank=rank, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     die_with_agent(os.environ)
     try:
-        return _dispatch(list(arguments), defaults or Config(), is_speaker=rank == 0)
+        return command(rank == 0)
     except _UsageError as error:
         if rank == 0:
             tell(str(error))
@@ -49,7 +76,8 @@ def main(arguments: Sequence[str], defaults: Config | None = None) -> int:
         return EXIT_INTERRUPTED
     except TrmDistError as error:
         tell(str(error))
-        return EXIT_GAVE_UP
+        end_agent(os.environ)
+        return EXIT_HOPELESS if is_under_launch(os.environ) else EXIT_GAVE_UP
     end_agent(os.environ)
     return EXIT_USAGE
 
@@ -58,9 +86,12 @@ class _UsageError(UserError):
     """Every worker sees the same wrong flags; one of them says so, if it is not said yet."""
 
 
-def _dispatch(arguments: list[str], defaults: Config, *, is_speaker: bool) -> int:
+def _dispatch(arguments: list[str], defaults: Config, is_speaker: bool) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": lambda rest: _train(*_parse_config("train", rest, defaults, is_speaker)),
+        "launch": lambda rest: _launch(rest, defaults),
+        "rendezvous": _rendezvous,
+        "cache": _cache,
         "check": lambda rest: _check(*_parse_config("check", rest, defaults, is_speaker)),
         "ls": lambda rest: _look("ls", rest, is_speaker),
         "inspect": lambda rest: _look("inspect", rest, is_speaker),
@@ -68,6 +99,8 @@ def _dispatch(arguments: list[str], defaults: Config, *, is_speaker: bool) -> in
         "prune": lambda rest: _look("prune", rest, is_speaker),
         "predict": lambda rest: _predict(rest, is_speaker),
     }
+    if arguments and arguments[0] in _INTERNAL:
+        return _INTERNAL[arguments[0]](arguments[1:], defaults)
     if not arguments or arguments[0] in {"-h", "--help"}:
         say(f"usage: trm_dist {{{','.join(commands)}}} ...; each has --help")
         return 0 if arguments else EXIT_USAGE
@@ -178,3 +211,157 @@ def _check(config: Config, given: frozenset[str]) -> int:
     say(f"start: {plan.start.source or 'fresh'}")
     say("all checks passed")
     return 0
+
+
+@dataclass(frozen=True)
+class _CacheArguments:
+    """Encoded data that this node keeps."""
+
+    cache_dir: str = ""
+    """Its directory; empty: ~/.cache/trm_dist."""
+    clear: bool = False
+    """Remove all that nobody uses."""
+    json: bool = False
+    """Print one JSON document."""
+
+
+def _cache(arguments: list[str]) -> int:
+    from trm_dist.data.cache import default_directory, kept, remove
+
+    parsed = _parse("cache", _CacheArguments, arguments, is_speaker=True)
+    directory = parsed.cache_dir or default_directory()
+    entries = []
+    for each in kept(directory):
+        is_removed = parsed.clear and remove(directory, each.name)
+        entries.append(asdict(each) | {"removed": is_removed})
+        if not parsed.json:
+            used = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.used_at))
+            mark = " removed" if is_removed else ""
+            say(f"{each.num_bytes / 2**20:10.1f} MiB  {used}  {each.url or '(incomplete)'}{mark}")
+    if parsed.json:
+        say(json.dumps({"directory": directory, "entries": entries}))
+    else:
+        say(f"{len(entries)} in {directory}")
+    return 0
+
+
+# -- launch and its processes ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _LaunchArguments:
+    """Flags of `launch`: its own and those of `train`."""
+
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    config: Config = field(default_factory=Config)
+
+
+@dataclass(frozen=True)
+class _RendezvousArguments:
+    """Where the nodes of a run meet; a process for a machine that stays."""
+
+    host: str = "0.0.0.0"  # noqa: S104 it is there to be reached
+    """Address to listen on."""
+    port: int = 29500
+    """Port to listen on."""
+
+
+def _launch(arguments: list[str], defaults: Config) -> int:
+    from trm_dist.launch.supervisor import Job, supervise
+
+    parsed = _parse(
+        "launch", _LaunchArguments, arguments, is_speaker=True,
+        default=_LaunchArguments(config=defaults),
+    )  # fmt: skip
+    launch, config = parsed.launch, parsed.config
+    given = given_settings(arguments) & Config().flat().keys()
+    environment = dict(os.environ)
+    pin_capability(config.train.cpu_capability, environment)
+    # One thread until a worker asks for more: a process with several cannot be forked.
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment["OPENBLAS_NUM_THREADS"] = "1"
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else it tells of every missing name
+    job = launch.rdzv_id or _name_of(config.checkpoint.checkpoint_dir)
+    least, most = launch.nodes()
+    if most > 1:
+        # Else the workers look for each other through the agents' store, whose address torch
+        # keeps although its owner has gone.
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    member = Member(
+        job=job, endpoint=launch.rdzv_endpoint, min_nodes=least, max_nodes=most,
+        num_workers=launch.nproc_per_node, local_addr=launch.local_addr, command=(),
+        shutdown_s=math.ceil(config.checkpoint.grace_period) + 2,
+    )  # fmt: skip
+    is_alone = not (launch.rdzv_id or launch.rdzv_endpoint)
+    return supervise(
+        Job(
+            member=member,
+            launch_id=f"{os.getpid()}-{secrets.token_hex(4)}" if is_alone else job,
+            arguments=arguments_of(config, given),
+            environment=environment,
+            grace_s=config.checkpoint.grace_period,
+            max_no_progress=config.train.max_no_progress,
+            health_port=launch.health_port,
+            spot=config.spot,
+        )
+    )
+
+
+def _name_of(checkpoint_dir: str) -> str:
+    """Name a run by where its checkpoints lie, the same on all nodes."""
+    url = checkpoint_dir if "://" in checkpoint_dir else os.path.abspath(checkpoint_dir)
+    return blake2b(url.encode(), digest_size=6).hexdigest()
+
+
+def arguments_of(config: Config, given: Iterable[str]) -> list[str]:
+    """Return the command line that gives these settings."""
+    flat = config.flat()
+    arguments = []
+    for name in sorted(given):
+        value, text = flat[name], flag(name)
+        if isinstance(value, bool):
+            arguments.append(text if value else flag(f"no_{name}"))
+        else:
+            arguments.append(f"{text}={value}")
+    return arguments
+
+
+def _rendezvous(arguments: list[str]) -> int:
+    parsed = _parse("rendezvous", _RendezvousArguments, arguments, is_speaker=True)
+    from trm_dist.launch.rendezvous import serve
+
+    return serve(parsed.host, parsed.port)
+
+
+def _zygote(arguments: list[str], defaults: Config) -> int:
+    control, listener, pulse = map(int, arguments[:3])
+    config, given = _parse_config("train", arguments[3:], defaults, is_speaker=True)
+    import torch._dynamo  # half of the time that a worker needs to start
+
+    from trm_dist import worker
+    from trm_dist.launch import membership, zygote
+    from trm_dist.plan import preload_data
+
+    preload_data(config)
+    assert torch._dynamo
+    gc.freeze()  # what is there stays there, and its pages stay shared
+    this = [sys.executable, "-m", "trm_dist"]
+    zygote.Zygote(
+        socket.socket(fileno=control), socket.socket(fileno=listener), pulse,
+        worker=zygote.Program(
+            "trm worker",
+            lambda: _guarded(lambda _: worker.train(config, given)),
+            [*this, "train", *arguments[3:]],
+        ),
+        agent=zygote.Program("trm agent", membership.main, [*this, "agent"]),
+    ).run()  # fmt: skip
+
+
+def _agent(arguments: list[str], _defaults: Config) -> int:
+    from trm_dist.launch import membership
+
+    return membership.main(json.loads(arguments[0]))
+
+
+_INTERNAL = {"zygote": _zygote, "agent": _agent}
+"""Commands that `launch` gives itself."""

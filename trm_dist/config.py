@@ -58,6 +58,10 @@ class DataConfig:
     """A data set to evaluate on, in the same forms; empty: no evaluation."""
     overlong: Literal["truncate", "drop"] = "truncate"
     """What happens to a text record that does not fit --seq-len."""
+    cache_dir: str = ""
+    """Where this node keeps encoded data; empty: ~/.cache/trm_dist; none: nowhere."""
+    cache_gb: float = 50.0
+    """How large that may become; what was not used for the longest time goes first."""
     batch_size: int = 4
     """Samples of a batch over all workers; the same at every world size."""
     shards: int = 0
@@ -67,7 +71,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self, "batch_size", lambda value: value >= 1, "must be at least 1")
-        _require(self, "shards", lambda value: value >= 0, "must not be negative")
+        for name in ("shards", "cache_gb"):
+            _require(self, name, _is_size, "must not be negative")
         _require(self, "seed", lambda value: 0 <= value < 2**63, "must be in [0, 2^63)")
         if self.shards and self.batch_size % self.shards:
             raise ConfigError(
@@ -107,8 +112,12 @@ class TrainConfig:
     """Batches between evaluations; 0: at the end only."""
     threads: int = 1
     """Threads of a worker; another number may change the last bits of every sum."""
-    hang_timeout: float = 1800.0
-    """Seconds that a worker waits for another one, or its store, before it takes it for lost."""
+    hang_timeout: float = 0.0
+    """Seconds without a sign of life after which a worker counts as hung or lost; 0: found out."""
+    max_no_progress: int = 10
+    """Failures in a row without a new batch, after which a run gives up; 0: never."""
+    max_preemptions: int = 100
+    """The same for stops from outside, which are no failures; 0: never."""
     cpu_capability: Literal["auto", "default", "avx2", "avx512"] = "auto"
     """Processor instructions to use: what the processor has, or one level on nodes of any age."""
 
@@ -117,7 +126,9 @@ class TrainConfig:
             _require(self, name, lambda value: value >= 1, "must be at least 1")
         for name in ("warmup_steps", "eval_interval", "weight_decay", "clip"):
             _require(self, name, _is_size, "must not be negative")
-        _require(self, "hang_timeout", lambda value: 0 < value < math.inf, "must be above 0")
+        for name in ("max_no_progress", "max_preemptions"):
+            _require(self, name, lambda value: value >= 0, "must not be negative")
+        _require(self, "hang_timeout", _is_size, "must not be negative")
         _require(self, "lr", lambda value: 0 < value < math.inf, "must be above 0")
         for name in ("ema", "halt_explore"):
             _require(self, name, lambda value: 0 <= value < 1, "must be in [0, 1)")
@@ -183,6 +194,20 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SpotConfig:
+    """How this machine says that it is about to go."""
+
+    spot: Literal["auto", "aws", "gcp", "azure", "none"] = "auto"
+    """Whose notices to watch for; auto: found out at the start."""
+    leave_on_rebalance: bool = False
+    """On AWS: leave on a rebalance recommendation too, and not only on the notice."""
+    preemption_file: str = ""
+    """A file whose appearance is a notice as well; empty: none."""
+    metadata_url: str = ""
+    """Where the provider's metadata are; empty: where all providers have them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """Everything a run can be told."""
 
@@ -191,6 +216,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    spot: SpotConfig = field(default_factory=SpotConfig)
 
     def flat(self) -> dict[str, Any]:
         """Return every setting by its name; names are unique over the subjects."""
@@ -221,6 +247,8 @@ class Config:
 PER_START = frozenset({
     "checkpoint_dir", "resume", "overwrite", "allow_dataset_change", "snapshot_dir",
     "snapshot_slots", "grace_period", "cpu_capability", "hang_timeout",
+    "max_no_progress", "max_preemptions", "spot", "leave_on_rebalance", "preemption_file",
+    "metadata_url", "cache_dir", "cache_gb",
 })  # fmt: skip
 """Settings that speak of one start and are not taken from a checkpoint."""
 
@@ -229,10 +257,14 @@ _EXACT = frozenset(
 ) - {
     "dataset",
     "eval_dataset",
+    "cache_dir",
+    "cache_gb",
     "epochs",
     "eval_interval",
     "threads",
     "hang_timeout",
+    "max_no_progress",
+    "max_preemptions",
     "cpu_capability",
 }
 

@@ -7,13 +7,22 @@ TrmDistError
 |   `-- ResumeError       there is no state to go on from, or it does not match the flags
 |-- CorruptCheckpointError     bytes are not the checkpoint they claim to be; an older one is tried
 |-- StoreError            no commit for longer than --store-deadline; exit code 1
+|-- HungError             no sign of life for longer than --hang-timeout; a restart may help
+|-- NoProgressError       restarted too often without a new batch; exit code 1
 |-- FencedError           another writer has taken over the run; exit code 1
 `-- TrainingError         training itself failed, such as a loss that is not finite; exit code 1
 """
 
 EXIT_GAVE_UP = 1
+EXIT_CRASHED = 1
+"""Of a worker that has failed; a restart may help."""
 EXIT_USAGE = 2
+EXIT_LOST = 75
+"""Of a worker that has lost another one, or of an agent that has lost its rendezvous."""
+EXIT_HOPELESS = 76
+"""Of a worker under `trm_dist launch` whose failure a restart would meet again; becomes 1."""
 EXIT_INTERRUPTED = 130
+EXIT_PREEMPTED = 143
 
 
 class TrmDistError(Exception):
@@ -42,6 +51,14 @@ class CorruptCheckpointError(TrmDistError, ValueError):
 
 class StoreError(TrmDistError, OSError):
     """The store took no commit for longer than `--store-deadline`."""
+
+
+class NoProgressError(TrmDistError, RuntimeError):
+    """The run was restarted too often without a batch being finished."""
+
+
+class HungError(TrmDistError, RuntimeError):
+    """Nothing has got on for longer than `--hang-timeout`; a restart may help."""
 
 
 class FencedError(TrmDistError, RuntimeError):

@@ -1,5 +1,6 @@
 """Evaluation, spread over the workers; sums of whole numbers, so exact at every world size."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +22,10 @@ class Evaluation:
     num_samples: int
 
 
-def evaluate(task: Supervision, dataset: Dataset, group: Group, *, num_rows: int) -> Evaluation:
+def evaluate(
+    task: Supervision, dataset: Dataset, group: Group, *, num_rows: int,
+    on_step: Callable[[], object],
+) -> Evaluation:  # fmt: skip
     """Evaluate the task's present weights on a whole data set; all workers call it.
 
     Args:
@@ -29,10 +33,12 @@ def evaluate(task: Supervision, dataset: Dataset, group: Group, *, num_rows: int
         dataset: What to answer.
         group: The workers, who take chunks in turn.
         num_rows: Rows of a chunk; kernels may round differently at another number.
+        on_step: Called after each chunk.
     """
     totals, world = torch.zeros(5, dtype=torch.int64), group.world
     for start in range(world.rank * num_rows, dataset.num_samples, world.size * num_rows):
         totals += _evaluate_chunk(task, dataset, start, num_rows)
+        on_step()
     correct, cells, exact, rows, steps = group.sum_(totals).tolist()
     return Evaluation(correct / cells, exact / rows, steps / rows, rows)
 

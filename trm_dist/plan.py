@@ -17,8 +17,9 @@ from trm_dist.checkpoint.names import is_checkpoint_name
 from trm_dist.checkpoint.resume import Remembered, Start, choose_start
 from trm_dist.checkpoint.runs import Run
 from trm_dist.checkpoint.store import Store, open_store, split_url
-from trm_dist.config import Config, Settings, check_heads, derived_sizes, resolve
-from trm_dist.data.dataset import Dataset, open_dataset
+from trm_dist.config import Config, DataConfig, Settings, check_heads, derived_sizes, resolve
+from trm_dist.data.cache import Cache, default_directory
+from trm_dist.data.dataset import Dataset, open_dataset, preload
 from trm_dist.errors import ConfigError, DataError, ResumeError
 from trm_dist.model.optim import VARIANT
 from trm_dist.model.trm import Shape, Trm, num_parameters
@@ -228,7 +229,8 @@ def _with_data(settings: Settings, start: Start) -> Plan:
             "--dataset is missing. Give a JSON or JSONL file of records, or sudoku4:train."
         )
     seq_len = settings.config.model.seq_len
-    dataset = open_dataset(data.dataset, seq_len=seq_len, overlong=data.overlong)
+    cache = cache_of(data)
+    dataset = open_dataset(data.dataset, seq_len=seq_len, overlong=data.overlong, cache=cache)
     settings = settings.with_derived(**derived_sizes(settings.config, seq_len=dataset.seq_len))
     config = settings.config
     check_heads(config.model)
@@ -240,7 +242,7 @@ def _with_data(settings: Settings, start: Start) -> Plan:
     eval_dataset = None
     if data.eval_dataset:
         eval_dataset = open_dataset(
-            data.eval_dataset, seq_len=dataset.seq_len, overlong=data.overlong
+            data.eval_dataset, seq_len=dataset.seq_len, overlong=data.overlong, cache=cache
         )
         if eval_dataset.codec != dataset.codec:
             raise DataError(
@@ -248,6 +250,20 @@ def _with_data(settings: Settings, start: Start) -> Plan:
                 f"--dataset {data.dataset} ({dataset.codec})."
             )
     return Plan(settings, start, dataset, eval_dataset, shape_of(config, dataset.num_tokens))
+
+
+def cache_of(data: DataConfig) -> Cache | None:
+    """Return where this node keeps encoded data; None: nowhere."""
+    if data.cache_dir == "none":
+        return None
+    return Cache(data.cache_dir or default_directory(), int(data.cache_gb * 1e9))
+
+
+def preload_data(config: Config) -> None:
+    """Open the data that the flags name before they are needed; see `preload`."""
+    data = config.data
+    for url in filter(None, (data.dataset, data.eval_dataset)):
+        preload(url, seq_len=config.model.seq_len, overlong=data.overlong, cache=cache_of(data))
 
 
 def shape_of(config: Config, num_tokens: int) -> Shape:

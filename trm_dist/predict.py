@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from trm_dist.checkpoint.state import MODEL_KEYS, from_bytes
-from trm_dist.config import Config
+from trm_dist.config import Config, DataConfig
 from trm_dist.data import codec, sudoku
 from trm_dist.data.codec import IGNORED
 from trm_dist.data.dataset import Dataset, open_dataset
@@ -22,7 +22,7 @@ from trm_dist.inspection import checkpoints_at
 from trm_dist.logs import say
 from trm_dist.model.supervision import Supervision
 from trm_dist.model.trm import Trm
-from trm_dist.plan import shape_of
+from trm_dist.plan import cache_of, shape_of
 
 _GREEN, _RED, _PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[0m"
 _ROWS_AT_ONCE = 64
@@ -168,6 +168,7 @@ def _open(url: str, model: Model) -> Dataset:
         url or data.eval_dataset or data.dataset,
         seq_len=model.config.model.seq_len,
         overlong=data.overlong,
+        cache=cache_of(DataConfig()),
     )
     if dataset.codec != model.codec:
         raise UserError(

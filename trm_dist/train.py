@@ -8,9 +8,11 @@ One save: live state -> `snapshot` (a copy at the batch boundary) -> `publish` -
 import logging
 import math
 import resource
+import threading
 import time
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -28,6 +30,7 @@ from trm_dist.checkpoint.names import FINAL
 from trm_dist.checkpoint.replay import LossLog
 from trm_dist.checkpoint.state import FORMAT_VERSION, digest, sealed
 from trm_dist.checkpoint.store import open_store, split_url
+from trm_dist.elastic.pulse import Pulse
 from trm_dist.elastic.reduction import ShardReduction
 from trm_dist.elastic.world import Group
 from trm_dist.errors import ConfigError, TrainingError
@@ -63,17 +66,18 @@ class Keeper(Protocol):
 class Trainer:
     """One start of a run, in one worker."""
 
-    def __init__(self, plan: Plan, group: Group, emit: Emit) -> None:
+    def __init__(self, plan: Plan, group: Group, emit: Emit, pulse: Pulse) -> None:
         """Build the parts and take the state of the checkpoint, if there is one.
 
         Args:
             plan: The same on all workers.
             group: The formed process group.
             emit: Hears the events.
+            pulse: Shown signs of life.
         """
         config = plan.config
         self._plan, self._config = plan.without_state(), config
-        self._group, self._emit = group, emit
+        self._group, self._emit, self._pulse = group, emit, pulse
         self._manager: CheckpointManager | None = None
         self._keeper: Keeper | None = None
         self._losses: LossLog | None = None
@@ -136,6 +140,7 @@ class Trainer:
         self._keeper, self._manager, self._losses = keeper, manager, losses
         started_s, first = time.monotonic(), self._progress
         self._tell_start()
+        self._pulse.beat(first.batch_count)
         if keeper:
             keeper.capture(self.state())
         if manager and self._plan.start.is_unnamed:  # killed between its capture and its publish
@@ -144,6 +149,7 @@ class Trainer:
             batch = self._train_batch()
             self._compare(batch)
             is_kept = self._keep(batch.seconds)
+            self._pulse.beat(self._progress.batch_count)
             self._emit(batch)  # with a snapshot after each, a batch that was told of is in one
             if manager and is_kept:
                 manager.save_if_due()
@@ -234,6 +240,7 @@ class Trainer:
             if shard in self._reduction.shards:
                 table[shard] = scores
         self._reduction.finish()
+        self._pulse.beat()
         return self._group.sum_(table)
 
     def _is_finite(self, scores: Tensor) -> bool:
@@ -254,7 +261,10 @@ class Trainer:
             return
         started_s = time.monotonic()
         with self._ema.averaged():
-            found = evaluate(self._task, dataset, self._group, num_rows=self._feed.rows_per_shard)
+            found = evaluate(
+                self._task, dataset, self._group,
+                num_rows=self._feed.rows_per_shard, on_step=self._pulse.beat,
+            )  # fmt: skip
         self._evaluated_at = self._progress.batch_count
         seconds = time.monotonic() - started_s
         self._emit(events.Evaluated(progress=self._progress, seconds=seconds, **asdict(found)))
@@ -327,8 +337,25 @@ class Trainer:
             run = self._plan.start.run
             ours = run.branch, self._progress.batch_count
             is_ours = summary and summary["run_id"] == run.run_id and position(summary) == ours
-            answer = b"1" if is_ours and is_whole(store, FINAL) else b""
+            with self._excused():
+                answer = b"1" if is_ours and is_whole(store, FINAL) else b""
         return bool(self._group.broadcast(answer))
+
+    @contextmanager
+    def _excused(self) -> Iterator[None]:
+        """Let nobody be taken for hung while this worker reads or writes something large."""
+        is_done = threading.Event()
+
+        def keep_excusing() -> None:
+            while not is_done.wait(1.0):
+                self._pulse.beat()
+                self._group.excuse()
+
+        threading.Thread(target=keep_excusing, name="excuse", daemon=True).start()
+        try:
+            yield
+        finally:
+            is_done.set()
 
     def _export(self, url: str) -> None:
         """Write the final model: averaged weights, and what it takes to build the model again."""
@@ -342,7 +369,8 @@ class Trainer:
             }
             directory, name = split_url(url)
             try:
-                open_store(directory).put(name, sealed(content))
+                with self._excused():
+                    open_store(directory).put(name, sealed(content))
             except OSError as error:
                 raise ConfigError(
                     f"--save {url} cannot be written: {error}. Training is complete; give the "

@@ -11,24 +11,39 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from trm_dist.checkpoint.client import PersisterClient
 from trm_dist.checkpoint.manager import CheckpointManager, Inherited, Snapshots
 from trm_dist.checkpoint.memory import Slots, SnapshotDir, remove_if_unlocked, take_slots
 from trm_dist.checkpoint.resume import remembered
+from trm_dist.checkpoint.runs import Run, excuse
 from trm_dist.checkpoint.snapshot import Flat
 from trm_dist.checkpoint.store import Store, open_store
-from trm_dist.config import CheckpointConfig, Config
-from trm_dist.elastic.agent import end_agent, guardian, is_restart, will_restart
+from trm_dist.config import CheckpointConfig, Config, flag
+from trm_dist.elastic.agent import (
+    end_agent,
+    guardian,
+    is_restart,
+    is_under_agent,
+    is_under_launch,
+    record_error,
+    will_restart,
+)
+from trm_dist.elastic.notice import watch
 from trm_dist.elastic.preemption import StopListener, exit_code
-from trm_dist.elastic.world import World, form_group, launch_id
+from trm_dist.elastic.pulse import Pulse, Watchdog
+from trm_dist.elastic.restarts import pause_s
+from trm_dist.elastic.world import PATIENCE_S, Group, World, form_group, launch_id
 from trm_dist.errors import (
     EXIT_GAVE_UP,
+    EXIT_HOPELESS,
+    EXIT_LOST,
     EXIT_USAGE,
     ConfigError,
     FencedError,
+    NoProgressError,
     StoreError,
     TrainingError,
     TrmDistError,
@@ -37,7 +52,7 @@ from trm_dist.errors import (
 from trm_dist.events import Emit, Stopped
 from trm_dist.logs import tell
 from trm_dist.observe.console import console, only_trouble
-from trm_dist.plan import Plan, check_space, make_plan
+from trm_dist.plan import Plan, check_space, make_plan, preload_data
 from trm_dist.share import share_plan
 from trm_dist.train import Trainer, pin_numerics
 
@@ -47,6 +62,9 @@ _SIGNS_OF_A_LOST_WORKER = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
 )  # fmt: skip
 """How gloo's RuntimeError tells that the other end of a connection has ended or is silent."""
+
+_FINAL = (UserError, TrainingError, StoreError, FencedError)
+"""Errors that the next start would meet again."""
 
 _HEADER_GROWTH_BYTES = 4096
 """Room for counters that get longer."""
@@ -67,6 +85,8 @@ class _Saving:
     manager: CheckpointManager | None = None
     slots: Slots | None = None
     grace_s: float = 0.0
+    store: Store | None = None
+    run: Run | None = None
 
 
 def train(config: Config, given: frozenset[str]) -> NoReturn:
@@ -86,15 +106,19 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
         plan, persister = _plan_and_claim(config, given)
         log = plan.config.log
         saving.emit = console(log.log_format, log_every_s=log.log_every_s)
-    group = form_group(world, os.environ, config.train.hang_timeout)
+    else:
+        preload_data(config)  # while the writer plans
+    pulse = Pulse.of_worker(os.environ, world.local_rank, config.train.hang_timeout)
+    pulse.beat()
+    group = form_group(world, os.environ, config.train.hang_timeout or PATIENCE_S)
     listener = StopListener(lambda signum: _stop(signum, saving))
     listener.start()
     try:
         plan, identity = share_plan(plan, config, given, group)
         pin_numerics(plan.config.train.threads)
-        trainer = Trainer(plan, group, saving.emit)
+        trainer = Trainer(plan, group, saving.emit, pulse)
         checkpoint = plan.config.checkpoint
-        has_name = not plan.start.is_unnamed
+        has_name, run = not plan.start.is_unnamed, plan.start.run
         plan = None  # its state is not needed while training
         snapshots = None
         if world.is_first_of_node:
@@ -103,10 +127,15 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
         if snapshots and persister and saving.slots:
             inherited = Inherited(persister.attach(saving.slots), has_name)
             saving.grace_s = checkpoint.grace_period
+            saving.store, saving.run = open_store(checkpoint.checkpoint_dir), run
             saving.manager = CheckpointManager(
-                snapshots, persister, checkpoint, saving.emit, inherited
-            )
+                snapshots, persister, checkpoint, saving.emit, inherited,
+            )  # fmt: skip
+            saving.manager.on_wait = lambda: _tell_waiting(pulse, group)
         losses = trainer.loss_log(saving.slots.loss_log) if saving.slots else None
+        if world.is_first_of_node and not is_under_launch(os.environ):
+            watch(config.spot, _leave_node)
+        Watchdog(pulse, group.is_excused, world.rank).start()
         trainer.run(saving.manager or snapshots, saving.manager, losses)
     except Exception as error:  # noqa: BLE001 the border: whatever it was, the newest state is kept
         _give_up(error, saving, listener)
@@ -126,7 +155,35 @@ def _plan_and_claim(config: Config, given: frozenset[str]) -> tuple[Plan, Persis
         persister.close()
         raise
     check_space(plan, store)
+    _check_progress(plan, config)
     return plan, persister
+
+
+def _check_progress(plan: Plan, config: Config) -> None:
+    """Wait a while after several failures in the same place, and give up after many.
+
+    Raises:
+        NoProgressError: Another start would fail in the same way.
+    """
+    run, limits = plan.start.run, config.train
+    if run.starts_at >= plan.total_batches:
+        return
+    for count, limit, name, what in (
+        (run.failures, limits.max_no_progress, "max_no_progress", "failed"),
+        (run.preemptions, limits.max_preemptions, "max_preemptions", "was preempted"),
+    ):
+        if 0 < limit <= count:
+            raise NoProgressError(
+                f"the run {what} {count} times in a row after batch {run.starts_at} without "
+                f"finishing the next one ({flag(name)} {limit}). Mend the cause, then give the "
+                f"same command with {flag(name)} 0 or a larger number."
+            )
+    if pause := pause_s(run.failures):
+        logger.warning(
+            "%d failures in a row after batch %d: waiting %.0f s",
+            run.failures, run.starts_at, pause,
+        )  # fmt: skip
+        time.sleep(pause)
 
 
 def _plan_patiently(
@@ -158,8 +215,9 @@ def _plan_as_writer(
             seen = store.entries()
             plan = make_plan(config, given, launch_id(os.environ), remembered(memory.held()))
             checkpoint = plan.config.checkpoint
+            state = plan.start.state
             run = persister.open(
-                plan.start.run,
+                replace(plan.start.run, starts_at=state["batch_count"] if state else 0),
                 deadline_s=checkpoint.store_deadline,
                 keep_last=checkpoint.keep_last,
                 keep_every=checkpoint.keep_every,
@@ -188,6 +246,21 @@ def _take_snapshots(
     return Snapshots(saving.slots)
 
 
+def _leave_node(notice: str) -> None:
+    """Stop all workers of this node, which save and do not come back."""
+    logger.warning("%s: this node saves and leaves", notice)
+    if is_under_agent(os.environ):
+        end_agent(os.environ)
+    else:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _tell_waiting(pulse: Pulse, group: Group) -> None:
+    """Let no worker be taken for hung while the writer waits for its store."""
+    pulse.beat()
+    group.excuse()
+
+
 def _forget_snapshots(saving: _Saving) -> None:
     """Leave no memory behind when all of it is committed."""
     if saving.manager:
@@ -202,9 +275,21 @@ def _stop(signum: int, saving: _Saving) -> NoReturn:
     if manager:
         if manager.freeze(saving.grace_s):
             _save_newest(manager, saving)
+        if manager.captured and manager.captured == manager.first:
+            _excuse(saving)
         if manager.captured:
             saving.emit(Stopped(progress=manager.captured, reason=signal.Signals(signum).name))
     _leave(exit_code(signum))
+
+
+def _excuse(saving: _Saving) -> None:
+    """Leave word that this start is no failure, although it has not finished a batch."""
+    assert saving.store is not None, "a writer has one"
+    assert saving.run is not None, "a writer has one"
+    try:
+        excuse(saving.store, saving.run)
+    except OSError as error:
+        logger.warning("that this was no failure could not be recorded: %s", error)
 
 
 def _save_newest(manager: CheckpointManager, saving: _Saving) -> None:
@@ -235,18 +320,35 @@ def _give_up(error: Exception, saving: _Saving, listener: StopListener) -> NoRet
         if str(error) and (manager or isinstance(error, UserError)):
             tell(str(error))
     elif is_lost_worker:
-        logger.warning("another worker is gone (%s)", str(error).splitlines()[0])
+        sign = next(each for each in _SIGNS_OF_A_LOST_WORKER if each in str(error))
+        logger.warning("another worker is gone (%s)", sign)
     else:
         logger.error("training failed", exc_info=error)
-    if isinstance(error, UserError | TrainingError | StoreError | FencedError):
-        end_agent(os.environ)  # a restart would meet it again
+    _tell_agent(error, is_lost_worker=is_lost_worker)
     if listener.stopping.is_set():  # the stop saves and ends this process
         threading.Event().wait()
     # The workers that come next find the newest state in memory, and the persister publishes it.
     is_safe_in_memory = is_lost_worker and will_restart(os.environ)
     if manager and not is_safe_in_memory and not isinstance(error, StoreError | FencedError):
         _save_newest(manager, saving)
-    _leave(EXIT_USAGE if isinstance(error, UserError) else EXIT_GAVE_UP)
+    _leave(_exit_code(error, is_lost_worker=is_lost_worker))
+
+
+def _tell_agent(error: Exception, *, is_lost_worker: bool) -> None:
+    """Leave the root cause, and stop restarts that would meet it again."""
+    if not is_lost_worker:
+        record_error(error)
+    if isinstance(error, _FINAL):
+        end_agent(os.environ)
+
+
+def _exit_code(error: Exception, *, is_lost_worker: bool) -> int:
+    if isinstance(error, UserError):
+        return EXIT_USAGE
+    if is_lost_worker:
+        return EXIT_LOST
+    is_told = isinstance(error, _FINAL) and is_under_launch(os.environ)
+    return EXIT_HOPELESS if is_told else EXIT_GAVE_UP
 
 
 def _leave(code: int) -> NoReturn:

@@ -1,5 +1,6 @@
 """Real processes: they are marked, and each test has a directory of its own."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

@@ -100,6 +100,21 @@ class Training:
         self.wait_for(both, f"worker {rank}")
         return found[rank]
 
+    def names(self) -> set[str]:
+        """The names of its living processes."""
+        return {_name(pid) for pid in self.processes()}
+
+    def named(self, name: str) -> int:
+        """The process id of a living process of `trm_dist launch`, by its name."""
+        found: list[int] = []
+
+        def one() -> bool:
+            found[:] = [pid for pid in self.processes() if _name(pid) == name]
+            return bool(found)
+
+        self.wait_for(one, name)
+        return found[0]
+
     def processes(self) -> list[int]:
         """All its living processes, also those whose parent is gone."""
         return _marked(self.mark)
@@ -206,6 +221,7 @@ def training(
     *,
     workers: int = 0,
     max_restarts: int = 0,
+    launch: int = 0,
     flags: dict[str, str] | None = None,
     base: dict[str, str] = SMALL,
     variables: dict[str, str] | None = None,
@@ -216,6 +232,7 @@ def training(
         directory: Of the checkpoints; logs go beside it.
         workers: Under plain torchrun; 0: under python.
         max_restarts: torchrun's.
+        launch: Workers under `trm_dist launch` instead.
         flags: Flags besides or instead of the base's.
         base: Flags that are usually given.
         variables: Of its environment.
@@ -226,6 +243,9 @@ def training(
         launcher += [f"--max-restarts={max_restarts}", "-m"]
     wanted = base | {"--checkpoint-dir": str(directory)} | (flags or {})
     command = [*launcher, "trm_dist", "train", *as_arguments(wanted)]
+    if launch:
+        own = [f"--nproc-per-node={launch}"]
+        command = [sys.executable, "-m", "trm_dist", "launch", *own, *as_arguments(wanted)]
     with started(directory, command, variables) as running:
         yield running
 
@@ -297,6 +317,19 @@ def _command(pid: int) -> str:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:
         return ""
+
+
+def _name(pid: int) -> str:
+    """What ps calls it; for processes that are told apart by their command, a word of it."""
+    command = _command(pid).split("\0")
+    for word in ("zygote", "stub.py", "rendezvous", "trm_dist.checkpoint.persister"):
+        if any(each == word or each.endswith(f"/{word}") for each in command):
+            try:
+                name = Path(f"/proc/{pid}/comm").read_text().strip()
+            except OSError:
+                return ""
+            return name if name.startswith("trm ") else word
+    return ""
 
 
 def _is_alive(pid: int) -> bool:

@@ -27,7 +27,7 @@ def wait_for_world(machines: Nodes, size: int, since: int) -> None:
     def is_there() -> bool:
         return size in world_sizes(machines)[since:]
 
-    machines.running[0].wait_for(is_there, f"a world of {size}")
+    machines.wait_for(is_there, f"a world of {size}")
 
 
 def wait_for_batches(machines: Nodes, more: int) -> None:
@@ -35,7 +35,7 @@ def wait_for_batches(machines: Nodes, more: int) -> None:
         return sum(len(run.events("batch")) for run in machines.all)
 
     goal = count() + more
-    machines.running[0].wait_for(lambda: count() >= goal, f"{more} more batches")
+    machines.wait_for(lambda: count() >= goal, f"{more} more batches")
 
 
 def measured(machines: Nodes, size: int, change: Callable[[], object]) -> float:

@@ -129,7 +129,8 @@ FAR_RESUME = """
     from trm_dist.data.dataset import Dataset
     from trm_dist.checkpoint.resume import Start
     from trm_dist.checkpoint.runs import Run
-    from trm_dist.elastic.world import World, form_group
+    from trm_dist.elastic.pulse import Pulse
+from trm_dist.elastic.world import World, form_group
     from trm_dist.plan import Plan, shape_of
     from trm_dist.progress import Progress
     from trm_dist.train import Trainer
@@ -153,7 +154,8 @@ FAR_RESUME = """
     settings = settings.with_derived(**derived_sizes(config, seq_len=16))
     start = Start(Run.fresh(""), "", None)
     plan = Plan(settings, start, data, None, shape_of(settings.config, 6))
-    trainer = Trainer(plan, form_group(World(), os.environ, 60), lambda event: None)
+    pulse = Pulse.of_worker({}, 0, 0.0)
+    trainer = Trainer(plan, form_group(World(), os.environ, 60), lambda event: None, pulse)
     at = int(sys.argv[1])
     trainer._progress = Progress(batch_idx=at, batch_count=at)
     trainer._train_batch()

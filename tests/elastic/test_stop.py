@@ -111,13 +111,20 @@ def test_epochs_can_be_raised_and_other_settings_come_from_the_checkpoint(
         assert_same_bits([first, second], undisturbed)
 
 
-def test_torchrun_as_process_1_trains_as_in_a_container(directory: Path) -> None:
+TORCHRUN = ["torch.distributed.run", "--nproc_per_node=2", "-m", "trm_dist", "train"]
+
+
+@pytest.mark.parametrize(
+    "launcher", [TORCHRUN, ["trm_dist", "launch", "--nproc-per-node=2"]], ids=["torchrun", "launch"]
+)
+def test_launcher_as_process_1_trains_as_in_a_container(
+    directory: Path, launcher: list[str]
+) -> None:
     alone = ["unshare", "--pid", "--fork", "--mount-proc"]
     if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
         pytest.skip("a process 1 of its own needs root")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     flags = [part for pair in SMALL.items() for part in pair]
-    command = [*alone, *torchrun, "-m", "trm_dist", "train", *flags, "--epochs=1"]
+    command = [*alone, sys.executable, "-m", *launcher, *flags, "--epochs=1"]
     with started(directory, [*command, "--checkpoint-dir", str(directory)]) as run:
         assert run.end() == 0, run.messages()
     assert len(run.events("batch")) == 10

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ from trm_dist.config import Config
 FLAGS = [
     "allow_dataset_change",
     "batch_size",
+    "cache_dir",
+    "cache_gb",
     "checkpoint_dir",
     "checkpoint_interval",
     "clip",
@@ -31,16 +35,21 @@ FLAGS = [
     "keep_last",
     "l_cycles",
     "latest_every_s",
+    "leave_on_rebalance",
     "log_every_s",
     "log_format",
     "loss",
     "lr",
+    "max_no_progress",
+    "max_preemptions",
+    "metadata_url",
     "n_sup",
     "net",
     "on_nan",
     "optim",
     "overlong",
     "overwrite",
+    "preemption_file",
     "prefix_len",
     "resume",
     "save",
@@ -50,6 +59,7 @@ FLAGS = [
     "snapshot_dir",
     "snapshot_every",
     "snapshot_slots",
+    "spot",
     "store_deadline",
     "threads",
     "warmup_steps",
@@ -120,3 +130,23 @@ def test_check_of_a_fresh_start_leaves_nothing(
     assert main(["check", "--data", str(path), *where]) == 0
     assert "5 truncated" in capsys.readouterr().out
     assert [each.name for each in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def test_cache_is_listed_and_cleared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = str(tmp_path / "cache")
+    program = (
+        "import sys, numpy as np\n"
+        "from trm_dist.data.cache import Cache, cached\n"
+        "def make(sink):\n"
+        "    sink.write(np.zeros((2, 4), np.uint8), np.zeros((2, 4), np.int16))\n"
+        "    return {'url': 'data.jsonl'}\n"
+        "cached(Cache(sys.argv[1], 10**9), {}, make)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, where], check=True)
+    for arguments, removed in (([], [False]), (["--clear"], [True]), ([], [])):
+        assert main(["cache", "--cache-dir", where, "--json", *arguments]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [each["removed"] for each in found["entries"]] == removed
+    assert list(Path(where).iterdir()) == []
+    assert main(["cache", "--cache-dir", where]) == 0
+    assert capsys.readouterr().out == f"0 in {where}\n"

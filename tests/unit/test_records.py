@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from trm_dist.data.records import Record, read_records
+from trm_dist.data.records import Record, RecordFile
 from trm_dist.errors import DataError
 
 GOOD = {"context": "c", "query": "q", "completion": "a"}
@@ -37,7 +37,7 @@ def memory() -> Iterator[fsspec.AbstractFileSystem]:
 
 def message_of(url: str) -> str:
     with pytest.raises(DataError) as caught:
-        read_records(url)
+        list(RecordFile(url))
     return str(caught.value)
 
 
@@ -57,48 +57,50 @@ def message_of(url: str) -> str:
 def test_record_is_read_in_every_spelling(
     write: Write, item: dict[str, object], record: Record
 ) -> None:
-    assert read_records(write("data.json", json.dumps([item]))).records == [record]
+    assert list(RecordFile(write("data.json", json.dumps([item])))) == [record]
 
 
 def test_spellings_may_be_mixed_in_a_file(write: Write) -> None:
     url = write("data.json", json.dumps([GOOD, {"prompt": "p", "response": "r"}]))
 
-    assert read_records(url).records == [RECORD, Record("", "p", "r")]
+    assert list(RecordFile(url)) == [RECORD, Record("", "p", "r")]
 
 
 def test_records_are_read_from_object_with_data(write: Write) -> None:
     content = {"metadata": {"num_examples": 2}, "data": [GOOD, GOOD]}
 
-    assert read_records(write("data.json", json.dumps(content))).records == [RECORD] * 2
+    assert list(RecordFile(write("data.json", json.dumps(content)))) == [RECORD] * 2
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.ndjson"])
 def test_records_are_read_one_a_line(write: Write, name: str) -> None:
     lines = [json.dumps(GOOD), "", "  ", json.dumps(GOOD | {"query": "їжак"}, ensure_ascii=False)]
 
-    file = read_records(write(name, "\r\n".join(lines)))
+    file = RecordFile(write(name, "\r\n".join(lines)))
 
-    assert file.records == [RECORD, Record("c", "їжак", "a")]
+    assert list(file) == [RECORD, Record("c", "їжак", "a")]
 
 
 def test_records_are_read_from_any_store(memory: fsspec.AbstractFileSystem) -> None:
     memory.pipe("/records/data.json", json.dumps([GOOD]).encode())
 
-    assert read_records("memory://records/data.json").records == [RECORD]
+    assert list(RecordFile("memory://records/data.json")) == [RECORD]
 
 
 def test_digest_is_that_of_the_bytes(write: Write) -> None:
     raw = json.dumps([GOOD], indent=3).encode()
 
-    assert read_records(write("data.json", raw)).sha256 == sha256(raw).hexdigest()
+    file = RecordFile(write("data.json", raw))
+    list(file)
+    assert file.sha256 == sha256(raw).hexdigest()
 
 
 def test_empty_completions_are_skipped_and_counted(write: Write) -> None:
     items = [GOOD, GOOD | {"completion": ""}, GOOD | {"completion": None}, GOOD]
 
-    file = read_records(write("data.json", json.dumps(items)))
+    file = RecordFile(write("data.json", json.dumps(items)))
 
-    assert (file.records, file.num_skipped) == ([RECORD] * 2, 2)
+    assert (list(file), file.num_skipped) == ([RECORD] * 2, 2)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"data": []}'])

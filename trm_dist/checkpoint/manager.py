@@ -118,6 +118,8 @@ class CheckpointManager:
         self._config = config
         self._emit = emit
         self._clock = clock
+        self.on_wait: Callable[[], object] = lambda: None
+        """Called every now and then while training waits for the store."""
         self._lock = threading.RLock()
         self._captured: Progress | None = None
         self._first: Progress | None = None
@@ -135,6 +137,11 @@ class CheckpointManager:
     def captured(self) -> Progress | None:
         """The newest captured boundary."""
         return self._captured
+
+    @property
+    def first(self) -> Progress | None:
+        """The first captured boundary: where this start began."""
+        return self._first
 
     def freeze(self, wait_s: float) -> bool:
         """Let no more state be captured: the training thread waits from its next boundary on.
@@ -247,6 +254,7 @@ class CheckpointManager:
             if self._is_frozen:
                 threading.Event().wait()  # the stop saves and ends this process
             self.listen(_LISTEN_S)
+            self.on_wait()
             self._check_deadline()
         self._waited_s += self._clock() - started_s
 

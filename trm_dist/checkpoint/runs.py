@@ -46,6 +46,14 @@ class Run:
     """Number of the writer, over all branches; 0: none yet."""
     writer: str = ""
     """Host, process and a word of the writer's own."""
+    starts_at: int = 0
+    """Batches of the run that were complete when its writer has started."""
+    failures: int = 0
+    """Starts before it at the same place that have failed."""
+    preemptions: int = 0
+    """Starts before it at the same place that were stopped from outside."""
+    was_preempted: bool = False
+    """Whether the writer was stopped from outside before it had finished a batch."""
 
     @classmethod
     def fresh(cls, launch_id: str) -> Self:
@@ -85,8 +93,23 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """Return what every checkpoint of the run says of it."""
         values = asdict(self)
-        del values["writer"]
+        for name in ("writer", "starts_at", "failures", "preemptions", "was_preempted"):
+            del values[name]
         return values
+
+    def after(self, found: "Run | None") -> Self:
+        """Return this run as the one that starts after another writer has recorded `found`."""
+        generation = max(self.generation, found.generation if found else 0) + 1
+        run = replace(self, generation=generation, failures=0, preemptions=0, was_preempted=False)
+        if found is None or (found.run_id, found.branch) != (self.run_id, self.branch):
+            return run
+        if found.starts_at != self.starts_at or not found.writer:
+            return run
+        return replace(
+            run,
+            failures=found.failures + (not found.was_preempted),
+            preemptions=found.preemptions + found.was_preempted,
+        )
 
 
 def read_run(store: Store) -> Run | None:
@@ -122,11 +145,22 @@ def claim(store: Store, run: Run, writer: str, *, is_mending: bool = False) -> R
             return found
         if found and is_mending:
             raise _fenced(store, run, found)
-        generation = max(run.generation, found.generation if found else 0) + 1
-        claimed = replace(run, generation=generation, writer=writer)
+        claimed = replace(run.after(found), writer=writer)
         if store.put_if(RECORD, _record_of(claimed), current):
             return claimed
     raise OSError(f"{store.url}/{RECORD} is changed by others all the time")
+
+
+def excuse(store: Store, run: Run) -> None:
+    """Record that the writer of a run was stopped from outside before it had finished a batch.
+
+    Raises:
+        OSError: The store cannot be written.
+    """
+    current = _read_record(store)
+    found = _parse(current)
+    if found and found.writer == run.writer:
+        store.put_if(RECORD, _record_of(replace(found, was_preempted=True)), current)
 
 
 def guard_of(store: Store, run: Run) -> Guard:

@@ -1,20 +1,35 @@
 """Data sets as arrays: what a run trains on, with the fingerprint that a resume compares."""
 
 import hashlib
-from collections.abc import Mapping
+import logging
+import mmap
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import islice
+from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qsl
 
 import numpy as np
 import numpy.typing as npt
 
+from trm_dist import __version__
 from trm_dist.data import codec, sudoku
-from trm_dist.data.records import read_records
+from trm_dist.data.cache import Build, Cache, Entry, Sink, cached
+from trm_dist.data.records import RecordFile, identity
 from trm_dist.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Overlong = Literal["truncate", "drop"]
+Item = TypeVar("Item")
 
 SUDOKU_SCHEME = "sudoku4:"
 DEFAULT_TEXT_LENGTH = 256
+_PART = 4096
+"""Records that are encoded at a time."""
+_TELL_EVERY_S = 5.0
 _SIDES = {"train": (False, 20_000), "test": (True, 1_000)}
 
 
@@ -33,6 +48,8 @@ class Dataset:
     """Of the content."""
     notes: Mapping[str, int] = field(default_factory=dict)
     """Counts worth telling: truncated, dropped and skipped records."""
+    pages: tuple[mmap.mmap, ...] = ()
+    """Where the arrays lie, if they are mapped."""
 
     @property
     def num_samples(self) -> int:
@@ -48,7 +65,11 @@ class Dataset:
         self, samples: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return inputs and labels of some samples, both int64 [len(samples), L]."""
-        return self.inputs[samples].astype(np.int64), self.labels[samples].astype(np.int64)
+        rows = self.inputs[samples].astype(np.int64), self.labels[samples].astype(np.int64)
+        for each in self.pages:
+            # They stay in the kernel's cache; this process does not grow with the data.
+            each.madvise(mmap.MADV_DONTNEED)
+        return rows
 
     def identity(self) -> dict[str, Any]:
         """Return what a checkpoint stores of the data set."""
@@ -61,7 +82,9 @@ class Dataset:
         }
 
 
-def open_dataset(url: str, *, seq_len: int, overlong: Literal["truncate", "drop"]) -> Dataset:
+def open_dataset(
+    url: str, *, seq_len: int, overlong: Overlong, cache: Cache | None = None
+) -> Dataset:
     """Open a data set by its URL.
 
     Args:
@@ -69,68 +92,172 @@ def open_dataset(url: str, *, seq_len: int, overlong: Literal["truncate", "drop"
             text records.
         seq_len: Wanted length; 0: what the data need.
         overlong: What happens to text that is longer.
+        cache: Where to keep what was encoded; None: nowhere.
 
     Raises:
         DataError: The data are missing, broken, empty or do not fit.
     """
-    if url.startswith(SUDOKU_SCHEME):
-        return _open_sudoku(url, seq_len)
-    return _open_text(url, seq_len or DEFAULT_TEXT_LENGTH, overlong)
+    is_sudoku = url.startswith(SUDOKU_SCHEME)
+    seq_len = seq_len or (sudoku.NUM_CELLS if is_sudoku else DEFAULT_TEXT_LENGTH)
+    if found := _preloaded.get((url, seq_len, overlong)):
+        return found
+    key, build = _sudoku(url, seq_len) if is_sudoku else _text(url, seq_len, overlong)
+    entry = _cached(cache, key, build) if cache and key else _in_memory(build)
+    meta = entry.meta
+    return Dataset(
+        url=url,
+        inputs=entry.inputs,
+        labels=entry.labels,
+        num_tokens=meta["num_tokens"],
+        codec=meta["codec"],
+        sha256=meta["sha256"],
+        notes=meta["notes"],
+        pages=entry.pages,
+    )
 
 
-def _open_sudoku(url: str, seq_len: int) -> Dataset:
-    if seq_len not in {0, sudoku.NUM_CELLS}:
+_preloaded: dict[tuple[str, int, str], Dataset] = {}
+
+
+def preload(url: str, *, seq_len: int, overlong: Overlong, cache: Cache | None) -> None:
+    """Open a data set for the processes that are forked from this one; they share its memory.
+
+    Only local ones: a connection must not be forked. What is wrong with it is for them to say.
+    """
+    if "://" in url:
+        return
+    with suppress(DataError):
+        dataset = open_dataset(url, seq_len=seq_len, overlong=overlong, cache=cache)
+        _preloaded[url, dataset.seq_len, overlong] = dataset
+
+
+def _cached(cache: Cache, key: Mapping[str, Any], build: Build) -> Entry:
+    try:
+        return cached(cache, {**key, "trm_dist": __version__}, build)
+    except OSError as error:
+        logger.warning(
+            "--cache-dir %s cannot be used (%s): the data are encoded at every start and kept in "
+            "memory",
+            cache.directory,
+            error,
+        )
+        return _in_memory(build)
+
+
+def _in_memory(build: Build) -> Entry:
+    parts: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int16]]] = []
+
+    class Memory(Sink):
+        def __init__(self) -> None:
+            """Keep what is written."""
+
+        def write(self, inputs: npt.NDArray[np.uint8], labels: npt.NDArray[np.int16]) -> None:
+            parts.append((inputs, labels))
+
+    meta = build(Memory())
+    inputs, labels = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return Entry(inputs, labels, meta, ())
+
+
+def _sudoku(url: str, seq_len: int) -> tuple[dict[str, Any] | None, Build]:
+    if seq_len != sudoku.NUM_CELLS:
         raise DataError(
             f"--seq-len {seq_len} does not fit {url}: a 4x4 puzzle has {sudoku.NUM_CELLS} cells. "
             "Leave the flag out."
         )
+
+    def build(sink: Sink) -> dict[str, Any]:
+        puzzles = _draw(url)
+        sink.write(puzzles.questions, puzzles.solutions.astype(np.int16))
+        content = hashlib.sha256(puzzles.questions.tobytes() + puzzles.solutions.tobytes())
+        return {
+            "url": url,
+            "num_tokens": sudoku.NUM_TOKENS,
+            "codec": "sudoku4",
+            "sha256": content.hexdigest(),
+            "notes": {},
+        }
+
+    return {"url": url}, build
+
+
+def _draw(url: str) -> sudoku.Puzzles:
     side, _, query = url.removeprefix(SUDOKU_SCHEME).partition("?")
     try:
         held_out, count = _SIDES[side]
         wanted = {"count": count, "seed": 0}
         for name, value in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
             wanted[name] = {"count": int, "seed": int}[name](value)
-        puzzles = sudoku.draw(wanted["count"], seed=wanted["seed"], held_out=held_out)
+        return sudoku.draw(wanted["count"], seed=wanted["seed"], held_out=held_out)
     except (KeyError, ValueError) as error:
         raise DataError(
             f"--dataset {url}: this is not a set of puzzles ({error}). Write sudoku4:train or "
             f"sudoku4:test, and if wanted ?count=N&seed=N with N up to {sudoku.MAX_PUZZLES}."
         ) from error
-    content = hashlib.sha256(puzzles.questions.tobytes() + puzzles.solutions.tobytes())
-    return Dataset(
-        url=url,
-        inputs=puzzles.questions,
-        labels=puzzles.solutions.astype(np.int16),
-        num_tokens=sudoku.NUM_TOKENS,
-        codec="sudoku4",
-        sha256=content.hexdigest(),
-    )
 
 
-def _open_text(url: str, seq_len: int, overlong: Literal["truncate", "drop"]) -> Dataset:
-    file = read_records(url)
-    encoded = [
-        codec.encode(record.context, record.query, record.completion, seq_len)
-        for record in file.records
-    ]
-    num_cut = sum(each.is_cut for each in encoded)
-    if overlong == "drop":
-        encoded = [each for each in encoded if not each.is_cut]
-        if not encoded:
+def _text(url: str, seq_len: int, overlong: Overlong) -> tuple[dict[str, Any] | None, Build]:
+    found = identity(url)
+
+    def build(sink: Sink) -> dict[str, Any]:
+        file = RecordFile(url, _Progress(url, found["size"] if found else None))
+        num_cut = num_kept = 0
+        for part in batched(_encoded(file, seq_len), _PART):
+            num_cut += sum(each.is_cut for each in part)
+            fits = [each for each in part if overlong == "truncate" or not each.is_cut]
+            num_kept += len(fits)
+            if fits:
+                sink.write(
+                    np.stack([each.inputs for each in fits]),
+                    np.stack([each.labels for each in fits]),
+                )
+        if not num_kept:
             raise DataError(
                 f"{url}: all {num_cut} records are longer than --seq-len {seq_len}, and "
                 "--overlong drop leaves none. Raise --seq-len, or use --overlong truncate."
             )
-    return Dataset(
-        url=url,
-        inputs=np.stack([each.inputs for each in encoded]),
-        labels=np.stack([each.labels for each in encoded]),
-        num_tokens=codec.NUM_TOKENS,
-        codec="bytes",
-        sha256=file.sha256,
-        notes={
-            "truncated": num_cut if overlong == "truncate" else 0,
-            "dropped": num_cut if overlong == "drop" else 0,
-            "skipped": file.num_skipped,
-        },
-    )
+        return {
+            "url": url,
+            "num_tokens": codec.NUM_TOKENS,
+            "codec": "bytes",
+            "sha256": file.sha256,
+            "notes": {
+                "truncated": num_cut if overlong == "truncate" else 0,
+                "dropped": num_cut if overlong == "drop" else 0,
+                "skipped": file.num_skipped,
+            },
+        }
+
+    key = found and {**found, "codec": "bytes", "seq_len": seq_len, "overlong": overlong}
+    return key, build
+
+
+def _encoded(file: RecordFile, seq_len: int) -> Iterator[codec.Encoded]:
+    for record in file:
+        yield codec.encode(record.context, record.query, record.completion, seq_len)
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield the items in lists of `size`; the last one may be shorter."""
+    iterator = iter(items)
+    while part := list(islice(iterator, size)):
+        yield part
+
+
+class _Progress:
+    """Tells now and then how much of a large file is encoded."""
+
+    def __init__(self, url: str, num_bytes: int | None) -> None:
+        self._url, self._num_bytes = url, num_bytes
+        self._started_s = self._told_s = time.monotonic()
+
+    def __call__(self, num_read: int) -> None:
+        now = time.monotonic()
+        if now - self._told_s < _TELL_EVERY_S:
+            return
+        self._told_s = now
+        share = f" ({100 * num_read / self._num_bytes:.0f} %)" if self._num_bytes else ""
+        rate = num_read / (now - self._started_s)
+        logger.info(
+            "encoding %s: %.1f MiB%s, %.1f MiB/s", self._url, num_read / 2**20, share, rate / 2**20
+        )

@@ -6,7 +6,8 @@ Accepted: a list of records, `{"metadata": ..., "data": [...]}`, or one record a
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,10 @@ _SPELLINGS = (
 )
 
 
+_IDENTIFYING = ("ETag", "etag", "mtime", "created", "LastModified", "ino", "generation", "version")
+"""What file systems say of a file that changes with its content."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One question and its answer."""
@@ -31,61 +36,105 @@ class Record:
     completion: str
 
 
-@dataclass(frozen=True, slots=True)
 class RecordFile:
-    """The records of a file and what identifies its content."""
+    """The records of a file, one after the other; files of lines are never in memory as a whole.
 
-    records: list[Record]
-    num_skipped: int
-    """Records with an empty completion, which teach nothing."""
-    sha256: str
+    Reading it to the end counts what was skipped and identifies the content.
+    """
+
+    def __init__(self, url: str, on_read: Callable[[int], object] = lambda _: None) -> None:
+        """Name the file.
+
+        Args:
+            url: A path or any fsspec URL.
+            on_read: Called now and then with the number of bytes that were read so far.
+        """
+        self._url, self._on_read = url, on_read
+        self._hash = hashlib.sha256()
+        self._num_read = 0
+        self.num_skipped = 0
+        """Records with an empty completion, which teach nothing."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the content, once it is read."""
+        return self._hash.hexdigest()
+
+    def __iter__(self) -> Iterator[Record]:
+        """Read the records that have a completion.
+
+        Raises:
+            DataError: The file is missing, cannot be read or parsed, or a record lacks its keys;
+                the message names the place.
+        """
+        is_lines = self._url.rsplit("?", 1)[0].endswith((".jsonl", ".ndjson"))
+        count = 0
+        for number, item in enumerate(self._lines() if is_lines else self._whole()):
+            record = _record(self._url, number, item)
+            count += 1
+            if record.completion:
+                yield record
+            else:
+                self.num_skipped += 1
+        if not count:
+            raise DataError(f"{self._url} holds no records. Give a file with at least one.")
+        if count == self.num_skipped:
+            raise DataError(f"{self._url}: all {count} records have an empty completion.")
+
+    def _lines(self) -> Iterator[Any]:
+        with _opened(self._url) as file:
+            number = 0
+            while line := _reading(self._url, file.readline):
+                number += 1
+                self._saw(line)
+                if line.strip():
+                    yield _json(self._url, line.rstrip(b"\n"), number)
+
+    def _whole(self) -> list[Any]:
+        with _opened(self._url) as file:
+            raw = _reading(self._url, file.read)
+        self._saw(raw)
+        content = _json(self._url, raw, 1)
+        if isinstance(content, dict):
+            content = content.get("data")
+        if not isinstance(content, list):
+            raise DataError(
+                f"{self._url} is JSON, but neither a list of records nor an object with a list in "
+                '"data".'
+            )
+        return content
+
+    def _saw(self, raw: bytes) -> None:
+        self._hash.update(raw)
+        self._num_read += len(raw)
+        self._on_read(self._num_read)
 
 
-def read_records(url: str) -> RecordFile:
-    """Read a file of records.
+def identity(url: str) -> dict[str, Any] | None:
+    """Return what tells this content of a place from another one; None: nothing does.
 
     Raises:
-        DataError: The file is missing, cannot be read or parsed, or a record lacks its keys; the
-            message names the place.
+        DataError: There is no such file, or it cannot be read.
     """
-    raw = _read(url)
-    is_lines = url.rsplit("?", 1)[0].endswith((".jsonl", ".ndjson"))
-    items = _parse_lines(url, raw) if is_lines else _parse(url, raw)
-    records = [_record(url, number, item) for number, item in enumerate(items)]
-    kept = [record for record in records if record.completion]
-    if not records:
-        raise DataError(f"{url} holds no records. Give a file with at least one.")
-    if not kept:
-        raise DataError(f"{url}: all {len(records)} records have an empty completion.")
-    return RecordFile(kept, len(records) - len(kept), hashlib.sha256(raw).hexdigest())
+    fs, path = _reading(url, lambda: fsspec.url_to_fs(url))
+    info = _reading(url, lambda: fs.info(path))
+    known = {name: str(info[name]) for name in _IDENTIFYING if info.get(name)}
+    return {"url": fs.unstrip_protocol(path), "size": info.get("size"), **known} if known else None
 
 
-def _read(url: str) -> bytes:
+@contextmanager
+def _opened(url: str) -> Iterator[Any]:
+    with ExitStack() as stack:
+        yield _reading(url, lambda: stack.enter_context(fsspec.open(url, "rb")))
+
+
+def _reading(url: str, read: Callable[[], Any]) -> Any:
     try:
-        with fsspec.open(url, "rb") as file:
-            content: bytes = file.read()
-            return content
+        return read()
     except FileNotFoundError as error:
         raise DataError(f"--dataset {url}: there is no such file. Check the path.") from error
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"--dataset {url} cannot be read: {error}. Check the URL.") from error
-
-
-def _parse(url: str, raw: bytes) -> list[Any]:
-    content = _json(url, raw, 1)
-    if isinstance(content, dict):
-        content = content.get("data")
-    if not isinstance(content, list):
-        raise DataError(
-            f'{url} is JSON, but neither a list of records nor an object with a list in "data".'
-        )
-    return content
-
-
-def _parse_lines(url: str, raw: bytes) -> Iterator[Any]:
-    for number, line in enumerate(raw.split(b"\n"), start=1):
-        if line.strip():
-            yield _json(url, line, number)
 
 
 def _json(url: str, raw: bytes, first_line: int) -> Any:

@@ -1,11 +1,23 @@
 """What a worker owes the torchrun agent that started it: to die with it, and to stop it in time."""
 
 import ctypes
+import json
 import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Mapping
+from contextlib import suppress
+
+LAUNCH = "TRM_DIST_LAUNCH"
+"""Variable that names the `trm_dist launch` a worker belongs to."""
+RESTARTS = "TRM_DIST_RESTARTS"
+"""Variable that says how often it has started the worker before."""
+PULSE = "TRM_DIST_PULSE"
+"""Variable with the descriptor of the memory for signs of life."""
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+"""Variable with which the agent says where it looks for what a worker has died of."""
 
 SPEAK_S = 30.0
 """How long a silent worker stays; on its own node it is ended long before."""
@@ -24,14 +36,20 @@ def is_under_agent(environment: Mapping[str, str]) -> bool:
     return "TORCHELASTIC_RUN_ID" in environment
 
 
+def is_under_launch(environment: Mapping[str, str]) -> bool:
+    """Tell whether `trm_dist launch` keeps this worker, and acts on its exit code."""
+    return LAUNCH in environment
+
+
 def guardian(environment: Mapping[str, str]) -> int:
-    """Return the process that may start workers again: the agent, or this one without any."""
+    """Return the process that may start workers again: this one's parent, or itself without any."""
     return os.getppid() if is_under_agent(environment) else os.getpid()
 
 
 def is_restart(environment: Mapping[str, str]) -> bool:
-    """Tell whether the agent has started the workers before."""
-    return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    """Tell whether the workers were started before."""
+    counts = (environment.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", RESTARTS))
+    return any(int(count) > 0 for count in counts)
 
 
 def will_restart(environment: Mapping[str, str]) -> bool:
@@ -71,10 +89,25 @@ def end_agent(environment: Mapping[str, str]) -> None:
     To torchrun every exit code but 0 is a reason to start the workers again; wrong usage would be
     repeated --max-restarts times. Only a parent that is really torchrun gets the signal.
     """
-    if not is_under_agent(environment):
+    if is_under_launch(environment) or not is_under_agent(environment):
         return
     if _is_torchrun(os.getppid()):
         os.kill(os.getppid(), signal.SIGTERM)
+
+
+def record_error(error: BaseException) -> None:
+    """Leave the error where the agent looks for a root cause, in the form that it reads.
+
+    Source: torch/distributed/elastic/multiprocessing/errors/error_handler.py.
+    """
+    path = os.environ.get(ERROR_FILE)
+    if not path:
+        return
+    callstack = "".join(traceback.format_exception(error))
+    extra = {"py_callstack": callstack, "timestamp": str(int(time.time()))}
+    message = {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}
+    with suppress(OSError), open(path, "w", encoding="utf-8") as file:
+        json.dump({"message": message}, file)
 
 
 def _is_torchrun(pid: int) -> bool:

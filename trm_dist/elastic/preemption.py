@@ -12,12 +12,14 @@ import threading
 from collections.abc import Callable
 from types import FrameType
 
+from trm_dist.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def exit_code(signum: int) -> int:
     """Return the exit code of a stop: 143 for a preemption, 130 for Ctrl+C."""
-    return 128 + (signum if signum == signal.SIGINT else signal.SIGTERM)
+    return EXIT_INTERRUPTED if signum == signal.SIGINT else EXIT_PREEMPTED
 
 
 class StopListener:

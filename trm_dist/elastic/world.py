@@ -16,8 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trm_dist.elastic.agent import LAUNCH
+
 JOIN_TIMEOUT_S = 300.0
-_POLL_S = 0.02
+PATIENCE_S = 1800.0
+"""How long a collective may take when --hang-timeout is found out; a watchdog is there before."""
+_EXCUSE = "trm_dist/excuse"
+_EXCUSE_EVERY_S = 1.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +61,22 @@ class World:
 class Group:
     """A formed process group."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, store: dist.Store) -> None:
         self.world = world
+        self._store = store
+        self._excuses = 0
+        self._excused_s = 0.0
+
+    def excuse(self) -> None:
+        """Tell the others that there is a good reason to wait for this worker; any thread."""
+        if time.monotonic() - self._excused_s > _EXCUSE_EVERY_S:
+            self._excused_s = time.monotonic()
+            self._store.add(_EXCUSE, 1)
+
+    def is_excused(self) -> bool:
+        """Tell whether somebody has had a good reason to wait since this was last asked."""
+        known, self._excuses = self._excuses, int(self._store.add(_EXCUSE, 0))
+        return self._excuses > known
 
     def sum_(self, values: Tensor) -> Tensor:
         """Add up a tensor over all workers, in place.
@@ -122,7 +142,7 @@ def form_group(world: World, environment: Mapping[str, str], hang_timeout_s: flo
         world_size=world.size,
         timeout=timedelta(seconds=hang_timeout_s),
     )
-    return Group(world)
+    return Group(world, store)
 
 
 def agree_on_prefix(store: dist.Store, world: World) -> str:
@@ -138,11 +158,12 @@ def agree_on_prefix(store: dist.Store, world: World) -> str:
     word = secrets.token_hex(8)
     store.set(f"trm_dist/word/{world.rank}", word)
     agree = _gather_words if world.is_writer else _accept_offer
-    deadline = time.monotonic() + JOIN_TIMEOUT_S
+    deadline, pause_s = time.monotonic() + JOIN_TIMEOUT_S, _FIRST_PAUSE_S
     while time.monotonic() < deadline:
         if prefix := agree(store, world, word):
             return prefix
-        time.sleep(_POLL_S)
+        time.sleep(pause_s)
+        pause_s = min(1.2 * pause_s, _LONGEST_PAUSE_S)
     raise TimeoutError(f"the {world.size} workers did not all come within {JOIN_TIMEOUT_S:.0f} s")
 
 
@@ -173,6 +194,8 @@ def launch_id(environment: Mapping[str, str]) -> str:
 
     An id that a person gave torchrun counts for all nodes; else the agent itself is the launch.
     """
+    if LAUNCH in environment:
+        return environment[LAUNCH]
     run_id = environment.get("TORCHELASTIC_RUN_ID", "")
     if run_id and run_id != "none":
         return run_id

@@ -1,0 +1,64 @@
+"""Generations at a real rendezvous process, and what must not happen when it is replaced."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from trm_dist.launch.membership import Member, conclude, connect, current, move_on, outcome
+
+
+@contextmanager
+def rendezvous(port: int) -> Iterator[str]:
+    command = [sys.executable, "-m", "trm_dist", "rendezvous", "--host", "127.0.0.1"]
+    with subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stdout.readline() == f"rendezvous at 127.0.0.1:{port}\n".encode()
+        yield f"127.0.0.1:{port}"
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+def member(endpoint: str) -> Member:
+    return Member(
+        job="job", endpoint=endpoint, min_nodes=1, max_nodes=2, num_workers=1, local_addr="",
+        command=(), shutdown_s=1,
+    )  # fmt: skip
+
+
+def test_everyone_moves_on_once_and_never_in_a_new_store(free_port: int) -> None:
+    with rendezvous(free_port) as endpoint:
+        store = connect(endpoint)
+        first = current(store, "job")
+        for _ in range(3):  # however many have failed in it
+            move_on(store, "job", first)
+        second = current(store, "job")
+        assert (second.boot, second.number) == (first.boot, first.number + 1)
+        assert current(store, "other job").number == 0
+    with rendezvous(free_port) as endpoint:
+        store = connect(endpoint)
+        fresh = current(store, "job")
+        assert fresh.boot != second.boot
+        move_on(store, "job", second)  # meant for the old store
+        assert current(store, "job") == fresh
+
+
+def test_outcome_is_that_of_one_generation(free_port: int) -> None:
+    with rendezvous(free_port) as endpoint:
+        store = connect(endpoint)
+        first = current(store, "job")
+        assert outcome(store, "job", first) is None
+        conclude(member(endpoint), 2)
+        assert outcome(store, "job", first) == 2
+        move_on(store, "job", first)
+        assert outcome(store, "job", current(store, "job")) is None
+
+
+def test_port_that_is_taken_is_wrong_usage(free_port: int) -> None:
+    with rendezvous(free_port):
+        command = [sys.executable, "-m", "trm_dist", "rendezvous", "--host", "127.0.0.1"]
+        second = subprocess.run(
+            [*command, "--port", str(free_port)], capture_output=True, text=True, check=False
+        )
+    assert second.returncode == 2
+    assert f"127.0.0.1:{free_port} cannot be listened on" in second.stderr

@@ -1,0 +1,384 @@
+"""`trm_dist launch`: the first process of a node and the last one. No torch is in it.
+
+It has everything started by the zygote, hears how it goes, and decides: start again, give up, or
+leave because it was told to. What it decides by is small: exit codes of workers (0 finished, 2 the
+user must change something, 1 a restart would not help), signals, notices, and whether batches get
+finished in between.
+"""
+
+import asyncio
+import ctypes
+import json
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from trm_dist.config import SpotConfig
+from trm_dist.elastic.agent import LAUNCH
+from trm_dist.elastic.notice import watch
+from trm_dist.elastic.preemption import exit_code
+from trm_dist.elastic.pulse import new_pulse
+from trm_dist.elastic.restarts import Budget, pause_s
+from trm_dist.errors import (
+    EXIT_GAVE_UP,
+    EXIT_HOPELESS,
+    EXIT_INTERRUPTED,
+    EXIT_LOST,
+    EXIT_PREEMPTED,
+    EXIT_USAGE,
+)
+from trm_dist.launch.health import serve_health
+from trm_dist.launch.settings import Member
+from trm_dist.logs import tell
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_CHILD_SUBREAPER = 36
+_MAX_MESSAGE_BYTES = 1 << 20
+_STOP_MARGIN_S = 5
+"""What ending the processes may take after the grace period."""
+_HUNG_TIMES, _HUNG_MORE_S = 1.2, 5.0
+"""How much longer than its own watchdog the supervisor waits for a worker."""
+_FINISH_S = 15.0
+"""How long an agent may wait for the other nodes after its workers have finished."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What a supervisor keeps going."""
+
+    member: Member
+    launch_id: str
+    arguments: list[str]
+    """Of the workers."""
+    environment: Mapping[str, str]
+    """Of all processes."""
+    grace_s: float
+    """How long a stop may take."""
+    max_no_progress: int
+    health_port: int
+    spot: SpotConfig
+
+
+class Supervisor:
+    """Keeps one node of a job going."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._pulse_descriptor, self._pulse = new_pulse(job.member.num_workers)
+        self._budget = Budget(job.max_no_progress)
+        self._zygote = 0
+        """Its process id; 0 once it is reaped."""
+        self._control: socket.socket | None = None
+        self._address = ""
+        self._living: dict[int, dict[str, Any]] = {}
+        self._num_finished = 0
+        self._has_failed = False
+        """Whether a worker of the present group has."""
+        self._cause = ""
+        """The newest failure, in words."""
+        self._agent_failures = 0
+        self._state = "starting"
+        self._deadline_s = 0.0
+
+    async def run(self) -> int:
+        """Run until the end of the run or of this node's part in it; returns the exit code."""
+        loop = self._loop = asyncio.get_running_loop()
+        for each in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            loop.add_signal_handler(each, self._events.put_nowait, {"is": "signal", "number": each})
+        watch(self._job.spot, self._hear_notice)
+        # Orphans of this node, such as the persister of a dead worker, can be waited for.
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        server = None
+        if self._job.health_port:
+            server = await serve_health(self._job.health_port, self._health)
+        watching = loop.create_task(self._watch_pulse())
+        try:
+            self._start_zygote()
+            return await self._keep_going()
+        finally:
+            watching.cancel()
+            if server:
+                server.close()
+            await self._end()
+
+    async def _keep_going(self) -> int:
+        """Act on one event after the other until one of them ends this node's part."""
+        act = {
+            "signal": lambda event: self._stop(event["number"]),
+            "notice": self._leave,
+            "hung": self._end_hung,
+            "ready": self._get_ready,
+            "worker": self._welcome,
+            "ended": self._judge,
+            "left": self._replace_agent,
+            "gone": self._replace_zygote,
+        }
+        while True:
+            event = await self._events.get()
+            code = await act[event["is"]](event)
+            if code is not None:
+                return code
+
+    # -- what happens ------------------------------------------------------------------------------
+
+    async def _get_ready(self, event: dict[str, Any]) -> None:
+        if not event["can_fork"]:
+            logger.warning(
+                "a library has started a thread, so workers are started as commands, which takes "
+                "seconds at every restart"
+            )
+        self._join()
+
+    async def _welcome(self, event: dict[str, Any]) -> None:
+        self._living[event["pid"]] = event | {"since_s": time.monotonic()}
+        self._state, self._has_failed = "training", False
+
+    async def _judge(self, event: dict[str, Any]) -> int | None:
+        """Hear of a worker's end; return the exit code if it is that of the run."""
+        self._living.pop(event["pid"], None)
+        code = event["code"]
+        if code == 0:
+            self._num_finished += 1
+            is_all = self._num_finished == self._job.member.num_workers
+            return await self._finish() if is_all else None
+        self._num_finished = 0
+        if code in {EXIT_USAGE, EXIT_HOPELESS}:
+            return await self._give_up(EXIT_USAGE if code == EXIT_USAGE else EXIT_GAVE_UP)
+        if code in {EXIT_PREEMPTED, EXIT_INTERRUPTED}:
+            logger.warning(
+                "worker %d was told to stop and has saved; all start again", event["rank"]
+            )
+        elif not (event["was_killed"] or code == EXIT_LOST or self._has_failed):
+            return await self._count_failure(event)
+        return None
+
+    async def _count_failure(self, event: dict[str, Any]) -> int | None:
+        """Hear of the first failure in a group of workers; the others are its consequences."""
+        self._has_failed = True
+        self._cause = f"worker {event['rank']}: {event['error'] or _ended_by(event['code'])}"
+        stopped = [each["rank"] for pid, each in self._living.items() if _is_stopped(pid)]
+        if stopped:
+            self._cause += f"; stopped by a signal: worker {', '.join(map(str, stopped))}"
+        self._budget.fail(max(each.batch_count for each in self._pulse.signs()))
+        count = self._budget.failures
+        logger.warning(
+            "%s; starting again%s", self._cause,
+            f" for the {count}th time without a new batch" if count > 1 else "",
+        )  # fmt: skip
+        if not self._budget.is_spent:
+            return None
+        tell(
+            f"gave up: started {count} times without finishing a batch (--max-no-progress). What "
+            "was finished is kept; mend the cause and give the same command again."
+        )
+        return await self._give_up(EXIT_GAVE_UP)
+
+    async def _end_hung(self, event: dict[str, Any]) -> int | None:
+        """End a worker that cannot end itself, such as one that was stopped."""
+        if event["pid"] not in self._living:
+            return None
+        worker = self._living[event["pid"]]
+        self._send({"do": "kill", "pid": event["pid"]})
+        limit_s = self._pulse.signs()[worker["local_rank"]].limit_s
+        return await self._count_failure(
+            worker | {"error": f"no sign of life for {limit_s:.0f} s (--hang-timeout)"}
+        )
+
+    async def _replace_agent(self, event: dict[str, Any]) -> int | None:
+        """Start the next agent, after a while if the last ones have not come to train."""
+        if event["code"] in {0, EXIT_USAGE, EXIT_GAVE_UP}:  # as the run has ended elsewhere
+            return int(event["code"])
+        if event["code"] < 0:
+            logger.warning("the agent was %s; joining again", _ended_by(event["code"]))
+        self._agent_failures = 0 if self._state == "training" else self._agent_failures + 1
+        await asyncio.sleep(pause_s(self._agent_failures))
+        self._join()
+        return None
+
+    async def _replace_zygote(self, _event: dict[str, Any]) -> None:
+        self._living.clear()
+        logger.warning("the zygote is gone and is replaced")
+        self._agent_failures += 1
+        await asyncio.sleep(pause_s(self._agent_failures))
+        self._start_zygote()
+
+    async def _leave(self, event: dict[str, Any]) -> int:
+        logger.warning("%s: this node saves and leaves", event["text"])
+        return await self._stop(signal.SIGTERM)
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    async def _finish(self) -> int:
+        """End after all workers have finished; the agent waits for the other nodes a while."""
+        await self._wait_for("left", _FINISH_S)
+        return 0
+
+    async def _give_up(self, code: int) -> int:
+        """End because the run cannot go on, here or on any other node."""
+        self._send({"do": "stop", "signal": signal.SIGTERM})
+        await self._wait_for("left", self._job.grace_s + _STOP_MARGIN_S)
+        if self._job.member.endpoint:
+            self._send({"do": "join"} | self._message() | {"conclude": code})
+            await self._wait_for("left", _FINISH_S)
+        if self._cause:
+            tell(f"the cause: {self._cause}")
+        return code
+
+    async def _stop(self, signum: int) -> int:
+        """Leave: the workers save the newest state; a second Ctrl+C leaves at once."""
+        self._state = "stopping"
+        started_s = time.monotonic()
+        self._deadline_s = started_s + self._job.grace_s
+        self._send({"do": "stop", "signal": signum})
+        if await self._wait_for("left", self._job.grace_s + _STOP_MARGIN_S, is_stop=True):
+            logger.info("left in %.1f s", time.monotonic() - started_s)
+        return exit_code(signum)
+
+    async def _wait_for(self, kind: str, wait_s: float, *, is_stop: bool = False) -> bool:
+        """Let things happen until one of a kind has; a second Ctrl+C ends a stop."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while (event := await self._events.get())["is"] not in {kind, "gone"}:
+                    if is_stop and event == {"is": "signal", "number": signal.SIGINT}:
+                        self._deadline_s = 0.0
+                        return False
+                return True
+        return False
+
+    # -- processes ---------------------------------------------------------------------------------
+
+    def _start_zygote(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._address = f"trm_dist-zygote-{secrets.token_hex(8)}"
+        listener.bind(f"\0{self._address}")
+        listener.listen(128)
+        inherited = [each.fileno() for each in (theirs, listener)] + [self._pulse_descriptor]
+        zygote = subprocess.Popen(  # noqa: S603 our own module
+            [
+                sys.executable, "-m", "trm_dist", "zygote", *map(str, inherited),
+                *self._job.arguments,
+            ],
+            env=dict(self._job.environment), pass_fds=inherited, start_new_session=True,
+        )  # fmt: skip
+        self._zygote = zygote.pid
+        zygote.returncode = 0  # it is reaped with all the others
+        theirs.close()
+        listener.close()
+        ours.setblocking(False)
+        self._control = ours
+        asyncio.get_running_loop().add_reader(ours, self._hear)
+
+    async def _watch_pulse(self) -> None:
+        """Look for workers that have hung and whose own watchdogs cannot end them."""
+        while True:
+            await asyncio.sleep(1.0)
+            now, signs = time.monotonic(), self._pulse.signs()
+            for pid, worker in self._living.items():
+                sign = signs[worker["local_rank"]]
+                is_of_this_one = sign.at_s > worker["since_s"]
+                if is_of_this_one and now - sign.at_s > _HUNG_TIMES * sign.limit_s + _HUNG_MORE_S:
+                    self._events.put_nowait({"is": "hung", "pid": pid})
+
+    def _hear_notice(self, text: str) -> None:
+        """Hear of a notice, in another thread."""
+        self._loop.call_soon_threadsafe(self._events.put_nowait, {"is": "notice", "text": text})
+
+    def _hear(self) -> None:
+        assert self._control is not None, "started"
+        try:
+            message = self._control.recv(_MAX_MESSAGE_BYTES)
+        except OSError:
+            message = b""
+        if message:
+            self._events.put_nowait(json.loads(message))
+            return
+        asyncio.get_running_loop().remove_reader(self._control)
+        self._control.close()
+        self._control = None
+        self._events.put_nowait({"is": "gone"})
+
+    def _send(self, content: Mapping[str, Any]) -> None:
+        if self._control is not None:
+            with suppress(OSError):  # its end will be heard of
+                self._control.send(json.dumps(content).encode())
+
+    def _join(self) -> None:
+        self._state = "meeting"
+        self._num_finished = 0
+        self._send({"do": "join"} | self._message())
+
+    def _message(self) -> dict[str, Any]:
+        stub = os.path.join(os.path.dirname(__file__), "stub.py")
+        command = [sys.executable, "-I", "-S", stub, self._address]
+        return {
+            "environment": {LAUNCH: self._job.launch_id},
+            **asdict(replace(self._job.member, command=command)),
+        }
+
+    async def _end(self) -> None:
+        """End what is left; the persister may use what is left of the grace period."""
+        if self._zygote:
+            os.kill(self._zygote, signal.SIGKILL)
+        while self._reap() and (self._zygote or time.monotonic() < self._deadline_s):
+            await asyncio.sleep(0.01)
+
+    def _reap(self) -> bool:
+        """Reap the children that have ended; tell whether any is left."""
+        try:
+            while pid := os.waitpid(-1, os.WNOHANG)[0]:
+                if pid == self._zygote:
+                    self._zygote = 0
+        except ChildProcessError:
+            return False
+        return True
+
+    # -- health ------------------------------------------------------------------------------------
+
+    def _health(self) -> tuple[bool, dict[str, Any]]:
+        """Tell how it goes; who waits for others or is about to leave is well."""
+        signs = [each for each in self._pulse.signs() if each.at_s]
+        now = time.monotonic()
+        is_hung = any(now - each.at_s > 2 * each.limit_s for each in signs)
+        return self._state != "training" or not is_hung, {
+            "state": self._state,
+            "batch_count": max((each.batch_count for each in signs), default=0),
+            "seconds_since_sign_of_life": round(max((now - s.at_s for s in signs), default=0), 3),
+            "workers": len(self._living),
+            "failures_without_progress": self._budget.failures,
+        }
+
+
+def _ended_by(code: int) -> str:
+    if code < 0:
+        with suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}"
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] in {"T", "t"}
+    except OSError:
+        return False
+
+
+def supervise(job: Job) -> int:
+    """Keep a node going to the end and return the exit code."""
+    try:
+        return asyncio.run(Supervisor(job).run())
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
