@@ -8,22 +8,19 @@ import difflib
 import gc
 import io
 import json
-import math
 import os
-import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
 from typing import Any, TypeVar
 
 import tyro
 
 from trm_dist import __version__, logs
-from trm_dist.config import Config, flag
+from trm_dist.config import Config
 from trm_dist.elastic.agent import (
     die_with_agent,
     end_agent,
@@ -39,7 +36,7 @@ from trm_dist.errors import (
     TrmDistError,
     UserError,
 )
-from trm_dist.launch.settings import LaunchConfig, Member
+from trm_dist.launch.job import LaunchConfig, job_of
 from trm_dist.logs import say, tell
 
 Kind = TypeVar("Kind")
@@ -267,63 +264,14 @@ class _RendezvousArguments:
 
 
 def _launch(arguments: list[str], defaults: Config) -> int:
-    from trm_dist.launch.supervisor import Job, supervise
+    from trm_dist.launch.supervisor import supervise
 
     parsed = _parse(
         "launch", _LaunchArguments, arguments, is_speaker=True,
         default=_LaunchArguments(config=defaults),
     )  # fmt: skip
-    launch, config = parsed.launch, parsed.config
-    given = given_settings(arguments) & Config().flat().keys()
-    environment = dict(os.environ)
-    pin_capability(config.train.cpu_capability, environment)
-    # One thread until a worker asks for more: a process with several cannot be forked.
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    environment["OPENBLAS_NUM_THREADS"] = "1"
-    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else it tells of every missing name
-    job = launch.rdzv_id or _name_of(config.checkpoint.checkpoint_dir)
-    least, most = launch.nodes()
-    if most > 1:
-        # Else the workers look for each other through the agents' store, whose address torch
-        # keeps although its owner has gone.
-        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    member = Member(
-        job=job, endpoint=launch.rdzv_endpoint, min_nodes=least, max_nodes=most,
-        num_workers=launch.nproc_per_node, local_addr=launch.local_addr, command=(),
-        shutdown_s=math.ceil(config.checkpoint.grace_period) + 2,
-    )  # fmt: skip
-    is_alone = not (launch.rdzv_id or launch.rdzv_endpoint)
-    return supervise(
-        Job(
-            member=member,
-            launch_id=f"{os.getpid()}-{secrets.token_hex(4)}" if is_alone else job,
-            arguments=arguments_of(config, given),
-            environment=environment,
-            grace_s=config.checkpoint.grace_period,
-            max_no_progress=config.train.max_no_progress,
-            health_port=launch.health_port,
-            spot=config.spot,
-        )
-    )
-
-
-def _name_of(checkpoint_dir: str) -> str:
-    """Name a run by where its checkpoints lie, the same on all nodes."""
-    url = checkpoint_dir if "://" in checkpoint_dir else os.path.abspath(checkpoint_dir)
-    return blake2b(url.encode(), digest_size=6).hexdigest()
-
-
-def arguments_of(config: Config, given: Iterable[str]) -> list[str]:
-    """Return the command line that gives these settings."""
-    flat = config.flat()
-    arguments = []
-    for name in sorted(given):
-        value, text = flat[name], flag(name)
-        if isinstance(value, bool):
-            arguments.append(text if value else flag(f"no_{name}"))
-        else:
-            arguments.append(f"{text}={value}")
-    return arguments
+    given = given_settings(arguments) & parsed.config.flat().keys()
+    return supervise(job_of(parsed.launch, parsed.config, given, os.environ))
 
 
 def _rendezvous(arguments: list[str]) -> int:

@@ -25,8 +25,8 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from trm_dist.errors import EXIT_LOST, EXIT_PREEMPTED
+from trm_dist.launch.job import Member
 from trm_dist.launch.rendezvous import BOOT
-from trm_dist.launch.settings import Member
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,9 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
-from trm_dist.config import SpotConfig
 from trm_dist.elastic.agent import LAUNCH
 from trm_dist.elastic.notice import watch
 from trm_dist.elastic.preemption import exit_code
@@ -37,7 +36,7 @@ from trm_dist.errors import (
     EXIT_USAGE,
 )
 from trm_dist.launch.health import serve_health
-from trm_dist.launch.settings import Member
+from trm_dist.launch.job import Job
 from trm_dist.logs import tell
 
 logger = logging.getLogger(__name__)
@@ -50,23 +49,6 @@ _HUNG_TIMES, _HUNG_MORE_S = 1.2, 5.0
 """How much longer than its own watchdog the supervisor waits for a worker."""
 _FINISH_S = 15.0
 """How long an agent may wait for the other nodes after its workers have finished."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What a supervisor keeps going."""
-
-    member: Member
-    launch_id: str
-    arguments: list[str]
-    """Of the workers."""
-    environment: Mapping[str, str]
-    """Of all processes."""
-    grace_s: float
-    """How long a stop may take."""
-    max_no_progress: int
-    health_port: int
-    spot: SpotConfig
 
 
 class Supervisor:
