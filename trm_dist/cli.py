@@ -95,6 +95,7 @@ def _dispatch(arguments: list[str], defaults: Config, is_speaker: bool) -> int:
         "verify": lambda rest: _look("verify", rest, is_speaker),
         "prune": lambda rest: _look("prune", rest, is_speaker),
         "predict": lambda rest: _predict(rest, is_speaker),
+        "export": lambda rest: _export(rest, is_speaker),
     }
     if arguments and arguments[0] in _INTERNAL:
         return _INTERNAL[arguments[0]](arguments[1:], defaults)
@@ -173,6 +174,12 @@ def _predict(arguments: list[str], is_speaker: bool) -> int:
     from trm_dist.predict import PredictArguments, predict
 
     return predict(_parse("predict", PredictArguments, arguments, is_speaker))
+
+
+def _export(arguments: list[str], is_speaker: bool) -> int:
+    from trm_dist.export import ExportArguments, export
+
+    return export(_parse("export", ExportArguments, arguments, is_speaker))
 
 
 def _check(config: Config, given: frozenset[str]) -> int:

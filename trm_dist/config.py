@@ -53,9 +53,12 @@ class DataConfig:
     """What the model is fed."""
 
     dataset: Annotated[str, tyro.conf.arg(aliases=["--data"])] = ""
-    """A JSON or JSONL file (a path or any fsspec URL), or sudoku4:train?count=20000&seed=0."""
+    """A JSON or JSONL file or a CSV file of 9x9 puzzles (a path or any fsspec URL), a folder with
+    dataset.json, or sudoku4:train?count=20000&seed=0, or sudoku9:..."""
     eval_dataset: str = ""
     """A data set to evaluate on, in the same forms; empty: no evaluation."""
+    augment: int = 0
+    """Disguises of each training puzzle besides itself, by the symmetries of Sudoku."""
     overlong: Literal["truncate", "drop"] = "truncate"
     """What happens to a text record that does not fit --seq-len."""
     cache_dir: str = ""
@@ -71,7 +74,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self, "batch_size", lambda value: value >= 1, "must be at least 1")
-        for name in ("shards", "cache_gb"):
+        for name in ("shards", "cache_gb", "augment"):
             _require(self, name, _is_size, "must not be negative")
         _require(self, "seed", lambda value: 0 <= value < 2**63, "must be in [0, 2^63)")
         if self.shards and self.batch_size % self.shards:
@@ -104,8 +107,8 @@ class TrainConfig:
     """Share of samples that may not halt before a random step of 2..n_sup."""
     loss: Literal["stablemax", "softmax"] = "stablemax"
     """Cross-entropy over the tokens."""
-    optim: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    optim: Literal["adamw", "adam-atan2"] = "adamw"
+    """Optimizer; adam-atan2 is that of TRM's public code."""
     on_nan: Literal["stop", "skip"] = "stop"
     """When a loss or gradient is not finite: stop with the samples' numbers, or leave the batch."""
     eval_interval: int = 0

@@ -21,7 +21,7 @@ from trm_dist.config import Config, DataConfig, Settings, check_heads, derived_s
 from trm_dist.data.cache import Cache, default_directory
 from trm_dist.data.dataset import Dataset, open_dataset, preload
 from trm_dist.errors import ConfigError, DataError, ResumeError
-from trm_dist.model.optim import VARIANT
+from trm_dist.model.optim import VARIANTS
 from trm_dist.model.trm import Shape, Trm, num_parameters
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ def environment(config: Config) -> dict[str, str]:
         "device": "cpu",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(config.train.threads),
-        "optimizer": VARIANT,
+        "optimizer": VARIANTS[config.train.optim],
     }
 
 
@@ -230,7 +230,9 @@ def _with_data(settings: Settings, start: Start) -> Plan:
         )
     seq_len = settings.config.model.seq_len
     cache = cache_of(data)
-    dataset = open_dataset(data.dataset, seq_len=seq_len, overlong=data.overlong, cache=cache)
+    dataset = open_dataset(
+        data.dataset, seq_len=seq_len, overlong=data.overlong, cache=cache, augment=data.augment
+    )
     settings = settings.with_derived(**derived_sizes(settings.config, seq_len=dataset.seq_len))
     config = settings.config
     check_heads(config.model)

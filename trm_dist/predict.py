@@ -5,24 +5,21 @@ import math
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import tyro
 
-from trm_dist.checkpoint.state import MODEL_KEYS, from_bytes
-from trm_dist.config import Config, DataConfig
+from trm_dist.config import DataConfig
 from trm_dist.data import codec, sudoku
 from trm_dist.data.codec import IGNORED
 from trm_dist.data.dataset import Dataset, open_dataset
-from trm_dist.errors import CorruptCheckpointError, UserError
-from trm_dist.inspection import checkpoints_at
+from trm_dist.errors import UserError
+from trm_dist.export import Model, Weights, load_model
 from trm_dist.logs import say
-from trm_dist.model.supervision import Supervision
-from trm_dist.model.trm import Trm
-from trm_dist.plan import cache_of, shape_of
+from trm_dist.plan import cache_of
 
 _GREEN, _RED, _PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[0m"
 _ROWS_AT_ONCE = 64
@@ -30,7 +27,7 @@ _ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True, slots=True)
 class PredictArguments:
-    """Show what a model answers, from a checkpoint or a file that --save has written."""
+    """Show what a model answers, from a checkpoint or an exported file."""
 
     path: tyro.conf.Positional[str] = "checkpoints"
     """Checkpoint, exported model, or a directory, of which the newest checkpoint is taken."""
@@ -42,20 +39,10 @@ class PredictArguments:
     """How many are shown."""
     ask: str = ""
     """A question of your own: text, or a puzzle as its cells row by row, blanks as dots."""
-    weights: Literal["ema", "raw"] = "ema"
+    weights: Weights = "ema"
     """Averaged weights, or those of the last step."""
     json: bool = False
     """Print one JSON document and nothing else."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A trained model and what it was trained as."""
-
-    name: str
-    task: Supervision
-    config: Config
-    codec: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,46 +88,12 @@ def predict(arguments: PredictArguments) -> int:
         say(json.dumps([_as_plain(each, model.codec) for each in answers]))
         return 0
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    draw = _draw_text if model.codec == "bytes" else _draw_puzzle
+    draw = {"bytes": _draw_text, "grid": _draw_grid}.get(model.codec, _draw_puzzle)
     say(f"{model.name}, {arguments.weights} weights, {model.task.max_steps} supervision steps")
     for each in answers:
         say("\n" + _title(each))
         say(draw(each, colours))
     return 0
-
-
-def load_model(path: str, weights: Literal["ema", "raw"]) -> Model:
-    """Load a model from a checkpoint, a directory of them, or an exported file.
-
-    Raises:
-        UserError: There is none, it is damaged, or it has no such weights.
-    """
-    store, names = checkpoints_at(path)
-    name = names[-1]
-    try:
-        state = from_bytes(store.view(name), MODEL_KEYS)
-    except CorruptCheckpointError as error:
-        raise UserError(
-            f"{name} is damaged: {error}. `trm_dist verify {path}` names the good ones."
-        ) from error
-    averages = state.get("ema_state_dict")
-    if averages is None and weights == "raw":
-        raise UserError(f"{name} is an exported model and has averaged weights only.")
-    known = Config().flat().keys()
-    stored = {key: value for key, value in state["config"].items() if key in known}
-    config = Config().with_values(stored)
-    module = Trm(shape_of(config, state["dataset"]["num_tokens"]), seed=config.data.seed)
-    module.load_state_dict(state["model_state_dict"])
-    if averages is not None and weights == "ema":
-        module.load_state_dict(averages["weights"], strict=False)  # buffers are not averaged
-    task = Supervision(
-        module,
-        n_sup=config.train.n_sup,
-        halt_explore=0.0,
-        loss=config.train.loss,
-        seed=config.data.seed,
-    )
-    return Model(name, task, config, state["dataset"]["codec"])
 
 
 def answer(
@@ -182,6 +135,8 @@ def _encode(question: str, model: Model) -> npt.NDArray[np.int64]:
     length = model.config.model.seq_len
     if model.codec == "bytes":
         return codec.encode("", question, "", length).inputs.astype(np.int64)[None]
+    if not model.codec.startswith("sudoku"):
+        raise UserError(f"--ask: questions can be asked of puzzles and text, not of {model.codec}.")
     side = math.isqrt(length)
     cells = "".join(question.split())
     if len(cells) != length or not all(
@@ -211,23 +166,37 @@ def _title(found: Answer) -> str:
 
 def _draw_puzzle(found: Answer, colours: bool) -> str:
     """Question, answer and truth side by side; a wrong cell has a mark where there is no colour."""
-    side = math.isqrt(len(found.question))
-    grids = [[_cell(token) for token in found.question], _marked_cells(found, colours)]
+    return _side_by_side(found, found.question == sudoku.BLANK, colours)
+
+
+def _draw_grid(found: Answer, colours: bool) -> str:
+    """The same for grids, of which any cell may be asked for."""
+    is_asked = np.ones(len(found.question), bool)
+    if found.truth is not None:
+        is_asked = found.truth != IGNORED
+    return _side_by_side(found, is_asked, colours)
+
+
+def _side_by_side(found: Answer, is_asked: npt.NDArray[np.bool_], colours: bool) -> str:
+    length = len(found.question)
+    side = math.isqrt(length)
+    width = side if side * side == length else length
+    grids = [[_cell(token) for token in found.question], _marked_cells(found, is_asked, colours)]
     if found.truth is not None:
         grids.append([_cell(token) for token in found.truth])
     lines = [
-        "   |  ".join(" ".join(grid[row * side : (row + 1) * side]) for grid in grids)
-        for row in range(side)
+        "   |  ".join(" ".join(grid[start : start + width]) for grid in grids)
+        for start in range(0, length, width)
     ]
     return "\n".join(lines)
 
 
-def _marked_cells(found: Answer, colours: bool) -> list[str]:
+def _marked_cells(found: Answer, is_asked: npt.NDArray[np.bool_], colours: bool) -> list[str]:
     right = found.is_right
     cells = []
     for at, token in enumerate(found.answer):
         cell = _cell(token)
-        if found.question[at] == sudoku.BLANK and right is not None:
+        if is_asked[at] and right is not None:
             if colours:
                 cell = f"{_GREEN if right[at] else _RED}{cell}{_PLAIN}"
             elif not right[at]:

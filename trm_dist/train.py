@@ -96,6 +96,7 @@ class Trainer:
             warmup_steps=config.train.warmup_steps,
             weight_decay=config.train.weight_decay,
             clip=config.train.clip,
+            name=config.train.optim,
         )
         self._feed = Feed(plan.dataset, config.data)
         self._ema = Ema(module, config.train.ema)

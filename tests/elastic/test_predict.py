@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
+import torch
 
 from tests.elastic.harness import Training, training
 from trm_dist.cli import main
@@ -157,5 +159,50 @@ def test_model_that_cannot_be_used_is_a_user_error(
     assert main(["predict", str(damaged)]) == 2
     assert "is damaged" in capsys.readouterr().err
     assert main(["predict", str(puzzles / "model.pt"), "--weights", "raw"]) == 2
-    assert "averaged weights only" in capsys.readouterr().err
+    assert "has ema weights only" in capsys.readouterr().err
     assert main(["predict", str(tmp_path / "nowhere")]) == 2
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_exported_model_answers_as_its_checkpoint_does(
+    puzzles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], weights: str
+) -> None:
+    out = str(tmp_path / "model.safetensors")
+    assert main(["export", str(puzzles / "run"), "--out", out, "--weights", weights]) == 0
+    assert f"{weights} weights of checkpoint_latest.pt" in capsys.readouterr().out
+    chosen = ["--weights", weights, "--count", "30"]
+    exported = predicted(capsys, out, *chosen)
+    assert exported == predicted(capsys, str(puzzles / "run"), *chosen)
+    other = {"ema": "raw", "raw": "ema"}[weights]
+    assert main(["predict", out, "--weights", other]) == 2
+    assert f"has {weights} weights only" in capsys.readouterr().err
+
+
+def test_export_is_plain_safetensors_and_says_what_it_is(puzzles: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "model.safetensors")
+    assert main(["export", str(puzzles / "run"), "--out", out]) == 0
+    with safetensors.safe_open(out, "pt") as file:
+        about = json.loads(file.metadata()["trm_dist"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no dict
+    final = torch.load(puzzles / "run" / "checkpoint_final.pt")
+    assert about["config"] == final["config"]
+    assert about["batch_count"] == final["batch_count"]
+    assert tensors.keys() == final["model_state_dict"].keys()
+    for name, average in final["ema_state_dict"]["weights"].items():
+        assert torch.equal(tensors[name], average)
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", b"\x02\0\0\0\0\0\0\0{}"])
+def test_file_that_is_no_export_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert main(["predict", str(tmp_path / "model.safetensors")]) == 2
+    assert "this is no export of trm_dist" in capsys.readouterr().err
+
+
+def test_export_is_written_under_a_name_of_its_own(
+    puzzles: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(puzzles / "run"), "--out", "model.pt"]) == 2
+    assert "ends in .safetensors" in capsys.readouterr().err

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -85,3 +87,50 @@ def test_restore_takes_moments_and_keeps_the_rate_of_the_settings() -> None:
     second.step(1)
     assert second.state_dict()["state"][0]["step"] == 2
     assert before - module.weight.item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_angle_update_is_the_published_formula() -> None:
+    """In float64, worked out here number by number."""
+    module = nn.Linear(2, 1, bias=False).double()
+    stepper = Optimizer(
+        module, lr=0.1, warmup_steps=0, weight_decay=0.5, clip=0, name="adam-atan2"
+    )  # fmt: skip
+    weights = module.weight.detach().flatten().tolist()
+    first, second = [0.0, 0.0], [0.0, 0.0]
+    for count in range(1, 8):
+        gradients = [0.3 * count - 1, 0.01 * count]
+        module.weight.grad = torch.tensor([gradients], dtype=torch.float64)
+        stepper.step(count - 1)
+        for number, gradient in enumerate(gradients):
+            first[number] = 0.9 * first[number] + 0.1 * gradient
+            second[number] = 0.95 * second[number] + 0.05 * gradient**2
+            angle = math.atan2(first[number], math.sqrt(second[number] / (1 - 0.95**count)))
+            weights[number] = weights[number] * (1 - 0.1 * 0.5) - 0.1 / (1 - 0.9**count) * angle
+    assert module.weight.flatten().tolist() == pytest.approx(weights, rel=1e-12)
+
+
+def test_angle_update_goes_on_after_a_restore() -> None:
+    def stepper(module: nn.Module) -> Optimizer:
+        return Optimizer(
+            module, lr=0.1, warmup_steps=0, weight_decay=0.1, clip=1, name="adam-atan2"
+        )  # fmt: skip
+
+    module = nn.Linear(3, 2)
+    other = nn.Linear(3, 2)
+    first, second = stepper(module), stepper(other)
+
+    def step(count: int, *pairs: tuple[nn.Module, Optimizer]) -> None:
+        for target, each in pairs:
+            for parameter in target.parameters():
+                parameter.grad = torch.full_like(parameter, 0.1 * count)
+            each.clip()
+            each.step(count)
+
+    for count in range(4):
+        step(count, (module, first))
+    other.load_state_dict(module.state_dict())
+    second.load_state_dict(first.state_dict())
+    for count in range(4, 7):
+        step(count, (module, first), (other, second))
+    assert torch.equal(module.weight, other.weight)
+    assert torch.equal(module.bias, other.bias)

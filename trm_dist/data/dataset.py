@@ -3,29 +3,33 @@
 import hashlib
 import logging
 import mmap
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from urllib.parse import parse_qsl
 
 import numpy as np
 import numpy.typing as npt
 
 from trm_dist import __version__
-from trm_dist.data import codec, sudoku
+from trm_dist.data import codec, grids, sudoku, sudoku9
 from trm_dist.data.cache import Build, Cache, Entry, Sink, cached
-from trm_dist.data.records import RecordFile, identity
+from trm_dist.data.disguise import disguise
+from trm_dist.data.records import RecordFile, identity, opened
 from trm_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 Overlong = Literal["truncate", "drop"]
 Item = TypeVar("Item")
+Grids = npt.NDArray[np.uint8]
 
-SUDOKU_SCHEME = "sudoku4:"
+SUDOKU4, SUDOKU9 = "sudoku4:", "sudoku9:"
 DEFAULT_TEXT_LENGTH = 256
 _PART = 4096
 """Records that are encoded at a time."""
@@ -50,25 +54,63 @@ class Dataset:
     """Counts worth telling: truncated, dropped and skipped records."""
     pages: tuple[mmap.mmap, ...] = ()
     """Where the arrays lie, if they are mapped."""
+    augment: int = 0
+    """Disguises of each sample besides itself."""
 
     @property
     def num_samples(self) -> int:
-        """How many samples there are."""
-        return len(self.inputs)
+        """How many samples there are, disguises included."""
+        return len(self.inputs) * (1 + self.augment)
 
     @property
     def seq_len(self) -> int:
         """Positions of a sample."""
         return int(self.inputs.shape[1])
 
+    def with_augment(self, augment: int) -> Self:
+        """Return these samples with so many disguises of each.
+
+        Raises:
+            DataError: They are no Sudokus.
+        """
+        if augment and not self.codec.startswith("sudoku"):
+            raise DataError(
+                f"--augment {augment}: only Sudokus can be disguised, and {self.url} holds "
+                f"{self.codec}. Leave the flag out."
+            )
+        return replace(self, augment=augment)
+
+    def with_length(self, seq_len: int) -> Self:
+        """Check that the samples have a wanted length; 0: any.
+
+        Raises:
+            DataError: They have another one.
+        """
+        if seq_len not in {0, self.seq_len}:
+            raise DataError(
+                f"--seq-len {seq_len} does not fit {self.url}: a sample has {self.seq_len} "
+                "positions. Leave the flag out."
+            )
+        return self
+
     def rows(
         self, samples: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return inputs and labels of some samples, both int64 [len(samples), L]."""
-        rows = self.inputs[samples].astype(np.int64), self.labels[samples].astype(np.int64)
-        for each in self.pages:
+        """Return inputs and labels of some samples, both int64 [len(samples), L].
+
+        The first N are the samples themselves, the next N a disguise of each, and so on.
+        """
+        places = samples % len(self.inputs)
+        rows = self.inputs[places].astype(np.int64), self.labels[places].astype(np.int64)
+        is_disguised = samples >= len(self.inputs)
+        if is_disguised.any():
+            questions, answers = (each[is_disguised] for each in rows)
+            hidden = disguise(questions, answers, samples[is_disguised])
+            for each, other in zip(rows, hidden, strict=True):
+                each[is_disguised] = other
+        for pages in self.pages:
             # They stay in the kernel's cache; this process does not grow with the data.
-            each.madvise(mmap.MADV_DONTNEED)
+            pages.madvise(mmap.MADV_DONTNEED)
         return rows
 
     def identity(self) -> dict[str, Any]:
@@ -83,28 +125,33 @@ class Dataset:
 
 
 def open_dataset(
-    url: str, *, seq_len: int, overlong: Overlong, cache: Cache | None = None
+    url: str,
+    *,
+    seq_len: int,
+    overlong: Overlong = "truncate",
+    cache: Cache | None = None,
+    augment: int = 0,
 ) -> Dataset:
     """Open a data set by its URL.
 
     Args:
-        url: `sudoku4:train` or `sudoku4:test`, with `?count=N&seed=N` if wanted; else a file of
-            text records.
+        url: `sudoku4:` or `sudoku9:` with `train` or `test`, and `?count=N&seed=N` if wanted; a CSV
+            file of 9x9 puzzles; a folder with `dataset.json`; else a file of text records.
         seq_len: Wanted length; 0: what the data need.
         overlong: What happens to text that is longer.
         cache: Where to keep what was encoded; None: nowhere.
+        augment: Disguises of each sample besides itself.
 
     Raises:
         DataError: The data are missing, broken, empty or do not fit.
     """
-    is_sudoku = url.startswith(SUDOKU_SCHEME)
-    seq_len = seq_len or (sudoku.NUM_CELLS if is_sudoku else DEFAULT_TEXT_LENGTH)
-    if found := _preloaded.get((url, seq_len, overlong)):
-        return found
-    key, build = _sudoku(url, seq_len) if is_sudoku else _text(url, seq_len, overlong)
+    found = _preloaded.get((url, overlong))
+    if found and seq_len in {0, found.seq_len}:
+        return found.with_augment(augment)
+    key, build = _recipe(url, seq_len, overlong)
     entry = _cached(cache, key, build) if cache and key else _in_memory(build)
     meta = entry.meta
-    return Dataset(
+    dataset = Dataset(
         url=url,
         inputs=entry.inputs,
         labels=entry.labels,
@@ -114,9 +161,25 @@ def open_dataset(
         notes=meta["notes"],
         pages=entry.pages,
     )
+    return dataset.with_augment(augment).with_length(seq_len)
 
 
-_preloaded: dict[tuple[str, int, str], Dataset] = {}
+def _recipe(url: str, seq_len: int, overlong: Overlong) -> tuple[dict[str, Any] | None, Build]:
+    """Return what identifies the encoded data, if anything does, and how to encode them."""
+    if url.startswith((SUDOKU4, SUDOKU9)):
+        return {"url": url}, partial(_build_sudoku, url)
+    if os.path.isfile(os.path.join(url, grids.DESCRIPTION)):
+        return grids.identity(url), partial(grids.build, url)
+    found = identity(url)
+    if url.rsplit("?", 1)[0].endswith(".csv"):
+        return found and {**found, "codec": "sudoku9"}, partial(_build_csv, url)
+    length = seq_len or DEFAULT_TEXT_LENGTH
+    key = found and {**found, "codec": "bytes", "seq_len": length, "overlong": overlong}
+    num_bytes = found["size"] if found else None
+    return key, partial(_build_text, url, length, overlong, num_bytes)
+
+
+_preloaded: dict[tuple[str, str], Dataset] = {}
 
 
 def preload(url: str, *, seq_len: int, overlong: Overlong, cache: Cache | None) -> None:
@@ -127,8 +190,9 @@ def preload(url: str, *, seq_len: int, overlong: Overlong, cache: Cache | None) 
     if "://" in url:
         return
     with suppress(DataError):
-        dataset = open_dataset(url, seq_len=seq_len, overlong=overlong, cache=cache)
-        _preloaded[url, dataset.seq_len, overlong] = dataset
+        _preloaded[url, overlong] = open_dataset(
+            url, seq_len=seq_len, overlong=overlong, cache=cache
+        )
 
 
 def _cached(cache: Cache, key: Mapping[str, Any], build: Build) -> Entry:
@@ -159,77 +223,104 @@ def _in_memory(build: Build) -> Entry:
     return Entry(inputs, labels, meta, ())
 
 
-def _sudoku(url: str, seq_len: int) -> tuple[dict[str, Any] | None, Build]:
-    if seq_len != sudoku.NUM_CELLS:
-        raise DataError(
-            f"--seq-len {seq_len} does not fit {url}: a 4x4 puzzle has {sudoku.NUM_CELLS} cells. "
-            "Leave the flag out."
-        )
-
-    def build(sink: Sink) -> dict[str, Any]:
-        puzzles = _draw(url)
-        sink.write(puzzles.questions, puzzles.solutions.astype(np.int16))
-        content = hashlib.sha256(puzzles.questions.tobytes() + puzzles.solutions.tobytes())
-        return {
-            "url": url,
-            "num_tokens": sudoku.NUM_TOKENS,
-            "codec": "sudoku4",
-            "sha256": content.hexdigest(),
-            "notes": {},
-        }
-
-    return {"url": url}, build
-
-
-def _draw(url: str) -> sudoku.Puzzles:
-    side, _, query = url.removeprefix(SUDOKU_SCHEME).partition("?")
+def _build_sudoku(url: str, sink: Sink) -> dict[str, Any]:
+    kind, _, rest = url.partition(":")
+    side, _, query = rest.partition("?")
     try:
         held_out, count = _SIDES[side]
         wanted = {"count": count, "seed": 0}
         for name, value in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
             wanted[name] = {"count": int, "seed": int}[name](value)
-        return sudoku.draw(wanted["count"], seed=wanted["seed"], held_out=held_out)
+        if kind == "sudoku4":
+            puzzles = sudoku.draw(wanted["count"], seed=wanted["seed"], held_out=held_out)
+            questions, answers = puzzles.questions, puzzles.solutions
+        else:
+            questions, answers = _draw9(url, wanted["count"], wanted["seed"], held_out=held_out)
     except (KeyError, ValueError) as error:
         raise DataError(
-            f"--dataset {url}: this is not a set of puzzles ({error}). Write sudoku4:train or "
-            f"sudoku4:test, and if wanted ?count=N&seed=N with N up to {sudoku.MAX_PUZZLES}."
+            f"--dataset {url}: this is not a set of puzzles ({error}). Write {kind}:train or "
+            f"{kind}:test, and if wanted ?count=N&seed=N with N up to {sudoku.MAX_PUZZLES}."
         ) from error
+    sink.write(questions, answers.astype(np.int16))
+    content = hashlib.sha256(questions.tobytes() + answers.tobytes())
+    num_tokens = sudoku.NUM_TOKENS if kind == "sudoku4" else sudoku9.NUM_TOKENS
+    return {
+        "url": url,
+        "num_tokens": num_tokens,
+        "codec": kind,
+        "sha256": content.hexdigest(),
+        "notes": {},
+    }
 
 
-def _text(url: str, seq_len: int, overlong: Overlong) -> tuple[dict[str, Any] | None, Build]:
-    found = identity(url)
+def _draw9(url: str, count: int, seed: int, *, held_out: bool) -> tuple[Grids, Grids]:
+    if not 0 < count <= sudoku9.MAX_PUZZLES:
+        raise ValueError(f"between 1 and {sudoku9.MAX_PUZZLES} puzzles can be drawn, not {count}")
+    tell = _Progress(url, count, "puzzles")
+    puzzles = []
+    for number in range(count):
+        puzzles.append(sudoku9.draw(number, seed=seed, held_out=held_out))
+        tell(number)
+    questions, answers = zip(*puzzles, strict=True)
+    return sudoku9.tokens(questions), sudoku9.tokens(answers)
 
-    def build(sink: Sink) -> dict[str, Any]:
-        file = RecordFile(url, _Progress(url, found["size"] if found else None))
-        num_cut = num_kept = 0
-        for part in batched(_encoded(file, seq_len), _PART):
-            num_cut += sum(each.is_cut for each in part)
-            fits = [each for each in part if overlong == "truncate" or not each.is_cut]
-            num_kept += len(fits)
-            if fits:
-                sink.write(
-                    np.stack([each.inputs for each in fits]),
-                    np.stack([each.labels for each in fits]),
-                )
-        if not num_kept:
-            raise DataError(
-                f"{url}: all {num_cut} records are longer than --seq-len {seq_len}, and "
-                "--overlong drop leaves none. Raise --seq-len, or use --overlong truncate."
+
+def _build_csv(url: str, sink: Sink) -> dict[str, Any]:
+    content = hashlib.sha256()
+    with opened(url) as file:
+        lines = (line.decode("utf-8", "replace") for line in _hashed(file, content))
+        num_rows = 0
+        for part in batched(sudoku9.read_csv(url, lines), _PART):
+            num_rows += len(part)
+            questions, answers = zip(*part, strict=True)
+            sink.write(sudoku9.tokens(questions), sudoku9.tokens(answers).astype(np.int16))
+    if not num_rows:
+        raise DataError(f"{url} holds no puzzles. Give a file with at least one.")
+    return {
+        "url": url,
+        "num_tokens": sudoku9.NUM_TOKENS,
+        "codec": "sudoku9",
+        "sha256": content.hexdigest(),
+        "notes": {},
+    }
+
+
+def _hashed(lines: Iterable[bytes], content: Any) -> Iterator[bytes]:
+    for line in lines:
+        content.update(line)
+        yield line
+
+
+def _build_text(
+    url: str, seq_len: int, overlong: Overlong, num_bytes: int | None, sink: Sink
+) -> dict[str, Any]:
+    file = RecordFile(url, _Progress(url, num_bytes, "bytes"))
+    num_cut = num_kept = 0
+    for part in batched(_encoded(file, seq_len), _PART):
+        num_cut += sum(each.is_cut for each in part)
+        fits = [each for each in part if overlong == "truncate" or not each.is_cut]
+        num_kept += len(fits)
+        if fits:
+            sink.write(
+                np.stack([each.inputs for each in fits]),
+                np.stack([each.labels for each in fits]),
             )
-        return {
-            "url": url,
-            "num_tokens": codec.NUM_TOKENS,
-            "codec": "bytes",
-            "sha256": file.sha256,
-            "notes": {
-                "truncated": num_cut if overlong == "truncate" else 0,
-                "dropped": num_cut if overlong == "drop" else 0,
-                "skipped": file.num_skipped,
-            },
-        }
-
-    key = found and {**found, "codec": "bytes", "seq_len": seq_len, "overlong": overlong}
-    return key, build
+    if not num_kept:
+        raise DataError(
+            f"{url}: all {num_cut} records are longer than --seq-len {seq_len}, and "
+            "--overlong drop leaves none. Raise --seq-len, or use --overlong truncate."
+        )
+    return {
+        "url": url,
+        "num_tokens": codec.NUM_TOKENS,
+        "codec": "bytes",
+        "sha256": file.sha256,
+        "notes": {
+            "truncated": num_cut if overlong == "truncate" else 0,
+            "dropped": num_cut if overlong == "drop" else 0,
+            "skipped": file.num_skipped,
+        },
+    }
 
 
 def _encoded(file: RecordFile, seq_len: int) -> Iterator[codec.Encoded]:
@@ -245,19 +336,20 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 class _Progress:
-    """Tells now and then how much of a large file is encoded."""
+    """Tells now and then how much of something large is done."""
 
-    def __init__(self, url: str, num_bytes: int | None) -> None:
-        self._url, self._num_bytes = url, num_bytes
+    def __init__(self, url: str, total: int | None, unit: str) -> None:
+        self._url, self._total, self._unit = url, total, unit
         self._started_s = self._told_s = time.monotonic()
 
-    def __call__(self, num_read: int) -> None:
+    def __call__(self, done: int) -> None:
         now = time.monotonic()
         if now - self._told_s < _TELL_EVERY_S:
             return
         self._told_s = now
-        share = f" ({100 * num_read / self._num_bytes:.0f} %)" if self._num_bytes else ""
-        rate = num_read / (now - self._started_s)
+        share = f" ({100 * done / self._total:.0f} %)" if self._total else ""
+        rate = done / (now - self._started_s)
         logger.info(
-            "encoding %s: %.1f MiB%s, %.1f MiB/s", self._url, num_read / 2**20, share, rate / 2**20
-        )
+            "encoding %s: %s %s%s, %s a second",
+            self._url, f"{done:,}", self._unit, share, f"{rate:,.0f}",
+        )  # fmt: skip

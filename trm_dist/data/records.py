@@ -82,7 +82,7 @@ class RecordFile:
             raise DataError(f"{self._url}: all {count} records have an empty completion.")
 
     def _lines(self) -> Iterator[Any]:
-        with _opened(self._url) as file:
+        with opened(self._url) as file:
             number = 0
             while line := _reading(self._url, file.readline):
                 number += 1
@@ -91,7 +91,7 @@ class RecordFile:
                     yield _json(self._url, line.rstrip(b"\n"), number)
 
     def _whole(self) -> list[Any]:
-        with _opened(self._url) as file:
+        with opened(self._url) as file:
             raw = _reading(self._url, file.read)
         self._saw(raw)
         content = _json(self._url, raw, 1)
@@ -123,7 +123,12 @@ def identity(url: str) -> dict[str, Any] | None:
 
 
 @contextmanager
-def _opened(url: str) -> Iterator[Any]:
+def opened(url: str) -> Iterator[Any]:
+    """Open a file at any URL.
+
+    Raises:
+        DataError: There is no such file, or it cannot be read.
+    """
     with ExitStack() as stack:
         yield _reading(url, lambda: stack.enter_context(fsspec.open(url, "rb")))
 

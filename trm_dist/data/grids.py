@@ -1,0 +1,110 @@
+"""Grids in the folders that TRM's public code writes: mazes, ARC, Sudoku.
+
+A folder holds `dataset.json` with the sizes, `all__inputs.npy` and `all__labels.npy`, [N, L]. A
+label that is `ignore_label_id` counts nowhere. What else lies there says which rows belong to one
+puzzle; here each row is a sample.
+"""
+
+import hashlib
+import json
+import os
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trm_dist.data.cache import Sink
+from trm_dist.data.codec import IGNORED
+from trm_dist.errors import DataError
+
+DESCRIPTION = "dataset.json"
+
+_INPUTS, _LABELS = "all__inputs.npy", "all__labels.npy"
+_PART = 4096
+
+
+def identity(folder: str) -> dict[str, Any]:
+    """Return what tells the content of a folder from another one.
+
+    Raises:
+        DataError: A file is missing.
+    """
+    found: dict[str, Any] = {"url": os.path.abspath(folder), "codec": "grid"}
+    for name in (DESCRIPTION, _INPUTS, _LABELS):
+        try:
+            status = os.stat(os.path.join(folder, name))
+        except OSError as error:
+            raise DataError(
+                f"--dataset {folder}: there is {DESCRIPTION}, but {name} cannot be read ({error}). "
+                "Give a whole folder."
+            ) from error
+        found[name] = [status.st_size, status.st_mtime_ns, status.st_ino]
+    return found
+
+
+def build(folder: str, sink: Sink) -> dict[str, Any]:
+    """Read a folder, part after part.
+
+    Raises:
+        DataError: The files do not fit each other.
+    """
+    sizes = _read_sizes(folder)
+    inputs, labels = _load(folder, _INPUTS), _load(folder, _LABELS)
+    _check(folder, sizes, inputs, labels)
+    content = hashlib.sha256()
+    for start in range(0, len(inputs), _PART):
+        questions = np.asarray(inputs[start : start + _PART]).astype(np.uint8)
+        answers = np.asarray(labels[start : start + _PART]).astype(np.int16)
+        if max(questions.max(), answers.max()) >= sizes["vocab_size"]:
+            raise DataError(
+                f"--dataset {folder}: a token is not below vocab_size {sizes['vocab_size']} of "
+                f"{DESCRIPTION}. Mend one of them."
+            )
+        content.update(questions.tobytes() + answers.tobytes())
+        if sizes["ignore_label_id"] is not None:
+            answers[answers == sizes["ignore_label_id"]] = IGNORED
+        sink.write(questions, answers)
+    return {
+        "url": folder,
+        "num_tokens": sizes["vocab_size"],
+        "codec": "grid",
+        "sha256": content.hexdigest(),
+        "notes": {},
+    }
+
+
+def _read_sizes(folder: str) -> dict[str, Any]:
+    try:
+        with open(os.path.join(folder, DESCRIPTION), encoding="utf-8") as file:
+            content = json.load(file)
+        return {
+            "vocab_size": int(content["vocab_size"]),
+            "seq_len": int(content["seq_len"]),
+            "ignore_label_id": content.get("ignore_label_id"),
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"--dataset {folder}: {DESCRIPTION} does not say vocab_size and seq_len ({error!r})."
+        ) from error
+
+
+def _load(folder: str, name: str) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(np.load(os.path.join(folder, name), mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise DataError(f"--dataset {folder}: {name} cannot be read ({error}).") from error
+
+
+def _check(
+    folder: str, sizes: dict[str, Any], inputs: npt.NDArray[Any], labels: npt.NDArray[Any]
+) -> None:
+    shape = (len(inputs), sizes["seq_len"])
+    if inputs.shape != shape or labels.shape != shape or not len(inputs):
+        raise DataError(
+            f"--dataset {folder}: inputs {inputs.shape} and labels {labels.shape} are not both "
+            f"[N, {sizes['seq_len']}], as {DESCRIPTION} says. Mend one of them."
+        )
+    if not 0 < sizes["vocab_size"] <= 256 or min(inputs.min(), labels.min()) < 0:
+        raise DataError(
+            f"--dataset {folder}: tokens must be from 0 up to vocab_size, which is at most 256."
+        )
