@@ -109,6 +109,8 @@ class TrainConfig:
     """Cross-entropy over the tokens."""
     optim: Literal["adamw", "adam-atan2"] = "adamw"
     """Optimizer; adam-atan2 is that of TRM's public code."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the activations; weights, norms, losses and sums are fp32 either way."""
     on_nan: Literal["stop", "skip"] = "stop"
     """When a loss or gradient is not finite: stop with the samples' numbers, or leave the batch."""
     eval_interval: int = 0

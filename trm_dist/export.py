@@ -90,7 +90,11 @@ def load_model(path: str, weights: Weights = "ema") -> Model:
     known = Config().flat().keys()
     stored = {key: value for key, value in state["config"].items() if key in known}
     config = Config().with_values(stored)
-    module = Trm(shape_of(config, state["dataset"]["num_tokens"]), seed=config.data.seed)
+    module = Trm(
+        shape_of(config, state["dataset"]["num_tokens"]),
+        seed=config.data.seed,
+        precision=config.train.precision,
+    )
     module.load_state_dict(_weights(name, state, weights))
     task = Supervision(
         module,

@@ -82,7 +82,7 @@ class Trainer:
         self._keeper: Keeper | None = None
         self._losses: LossLog | None = None
         self._cadence = Cadence(config.checkpoint.snapshot_every)
-        module = Trm(plan.shape, seed=config.data.seed)
+        module = Trm(plan.shape, seed=config.data.seed, precision=config.train.precision)
         self._task = Supervision(
             module,
             n_sup=config.train.n_sup,

@@ -13,6 +13,7 @@ import torch
 
 from tests.elastic.harness import (
     SMALL,
+    SNAPSHOTS,
     Training,
     Undisturbed,
     kill,
@@ -54,6 +55,7 @@ def test_run_finishes_with_the_same_bits_and_leaves_nothing(
         assert run.end() == 0, run.messages()
         assert_same_bits([run], undisturbed)
         wait_until_gone(run.processes())
+    assert not [each for each in Path(SNAPSHOTS).iterdir() if each.is_file()]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_worker_that_fails_again_and_again_ends_the_run_with_the_cause(directory
     assert len(run.events("started")) == 2
 
 
-@pytest.mark.parametrize("launch", [0, 1])
+@pytest.mark.parametrize("launch", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_failures_count_over_launches_and_preemptions_do_not(directory: Path, launch: int) -> None:
     def start(signum: int, *, flags: dict[str, str]) -> tuple[int, str]:
         with training(directory, launch=launch, base=SLOW_BASE, flags=flags) as run:
@@ -273,3 +275,31 @@ def test_workers_are_commands_where_forking_is_not_safe(
         assert run.end() == 0, run.messages()
         assert_same_bits([run], undisturbed)
     assert "a library has started a thread" in run.messages()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"--optim": "adam-atan2"},
+        {"--precision": "bf16"},
+        {
+            "--dataset": "sudoku9:train?count=9",
+            "--eval-dataset": "sudoku9:test?count=3",
+            "--augment": "10",
+            "--net": "attn",
+        },
+    ],
+)
+def test_other_settings_give_one_digest_through_kills_too(
+    directory: Path, tmp_path: Path, flags: dict[str, str]
+) -> None:
+    flags = {"--epochs": "3", **flags}
+    with training(tmp_path / "alone", flags=flags) as alone:
+        assert alone.end() == 0, alone.messages()
+    with training(directory, launch=2, flags=flags) as run:
+        run.wait_for_batches(7)
+        kill(run.named("trm worker 0"))
+        run.wait_for_start(2)
+        assert run.end() == 0, run.messages()
+    assert run.digest() == alone.digest()
+    assert all(run.losses()[batch] == losses for batch, losses in alone.losses().items())

@@ -14,7 +14,7 @@ from tests.elastic.harness import (
 from tests.elastic.nodes import Nodes, nodes
 from tests.elastic.test_nodes import measured, wait_for_batches, wait_for_world
 
-FLAGS = {"--epochs": "60", "--checkpoint-interval": "150"}
+FLAGS = {"--epochs": "50", "--checkpoint-interval": "150"}
 
 
 def assert_same_bits(machines: Nodes, undisturbed: Undisturbed) -> None:
@@ -75,6 +75,7 @@ def test_first_node_the_rendezvous_and_everything_may_go(
         print(f"\nto the next start: {told}")  # noqa: T201 what the test is asked to show
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_node_that_is_cut_off_is_left_behind_and_comes_back(
     tmp_path: Path, long_undisturbed: Undisturbed, capsys: pytest.CaptureFixture[str]

@@ -46,6 +46,7 @@ def measured(machines: Nodes, size: int, change: Callable[[], object]) -> float:
     return time.monotonic() - started_s
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_node_lost_cut_off_and_back_give_the_same_bits(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -112,6 +113,7 @@ def test_nodes_of_two_kinds_are_told_of(tmp_path: Path) -> None:
         assert "--cpu-capability makes them alike" in said
 
 
+@pytest.mark.soak
 def test_one_capability_on_nodes_of_two_kinds_gives_the_same_bits(tmp_path: Path) -> None:
     pinned = {"--cpu-capability": "default"}
     with training(tmp_path / "undisturbed", flags=pinned) as alone:

@@ -80,7 +80,9 @@ def test_azures_events_of_other_machines_and_of_other_kinds_do_not_count() -> No
         assert "Preempt" in asking.notice()
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize(
+    "provider", ["aws", *(pytest.param(each, marks=pytest.mark.soak) for each in ("gcp", "azure"))]
+)
 def test_node_with_a_notice_saves_and_leaves(
     directory: Path, undisturbed: Undisturbed, provider: str
 ) -> None:

@@ -130,7 +130,7 @@ FAR_RESUME = """
     from trm_dist.checkpoint.resume import Start
     from trm_dist.checkpoint.runs import Run
     from trm_dist.elastic.pulse import Pulse
-from trm_dist.elastic.world import World, form_group
+    from trm_dist.elastic.world import World, form_group
     from trm_dist.plan import Plan, shape_of
     from trm_dist.progress import Progress
     from trm_dist.train import Trainer

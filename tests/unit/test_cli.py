@@ -11,6 +11,7 @@ from trm_dist.config import Config
 
 FLAGS = [
     "allow_dataset_change",
+    "augment",
     "batch_size",
     "cache_dir",
     "cache_gb",
@@ -49,6 +50,7 @@ FLAGS = [
     "optim",
     "overlong",
     "overwrite",
+    "precision",
     "preemption_file",
     "prefix_len",
     "resume",

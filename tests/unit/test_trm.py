@@ -83,3 +83,29 @@ def test_nothing_halts_before_it_has_learned_when() -> None:
     model = Trm(shape(net="mlp"), seed=0)
     _, halt, *_ = model(torch.zeros(2, 5, dtype=torch.int64), *model.start(2))
     assert halt.tolist() == [-5.0, -5.0]
+
+
+@pytest.mark.parametrize("net", ["mlp", "attn"])
+def test_bf16_is_for_activations_and_close_to_fp32(net: str) -> None:
+    sizes = shape(net=net, dim=48, heads=4)
+    exact, narrow = Trm(sizes, seed=2), Trm(sizes, seed=2, precision="bf16")
+    tokens = torch.randint(7, (6, 5), generator=torch.Generator().manual_seed(4))
+    found = {}
+    for name, model in (("fp32", exact), ("bf16", narrow)):
+        logits, halt, output, latent = model(tokens, *model.start(6))
+        score_rows(logits, halt, tokens, "stablemax").loss.sum().backward()
+        found[name] = logits
+        assert logits.dtype == halt.dtype == torch.float32
+        wanted = torch.bfloat16 if name == "bf16" else torch.float32
+        assert output.dtype == latent.dtype == wanted
+        for parameter in model.parameters():
+            assert parameter.dtype == torch.float32
+            assert parameter.grad is None or parameter.grad.dtype == torch.float32
+    assert not torch.equal(found["fp32"], found["bf16"])
+    difference = (found["bf16"] - found["fp32"]).norm() / found["fp32"].norm()
+    assert difference < 0.15
+    gradients = zip(exact.parameters(), narrow.parameters(), strict=True)
+    for one, other in gradients:
+        if one.grad is not None and one.grad.norm() > 0:
+            cosine = torch.cosine_similarity(one.grad.flatten(), other.grad.flatten(), dim=0)
+            assert cosine > 0.95

@@ -69,6 +69,7 @@ class Supervisor:
         """Whether a worker of the present group has."""
         self._cause = ""
         """The newest failure, in words."""
+        self._has_agent = False
         self._agent_failures = 0
         self._state = "starting"
         self._deadline_s = 0.0
@@ -180,6 +181,7 @@ class Supervisor:
 
     async def _replace_agent(self, event: dict[str, Any]) -> int | None:
         """Start the next agent, after a while if the last ones have not come to train."""
+        self._has_agent = False
         if event["code"] in {0, EXIT_USAGE, EXIT_GAVE_UP}:  # as the run has ended elsewhere
             return int(event["code"])
         if event["code"] < 0:
@@ -191,6 +193,7 @@ class Supervisor:
 
     async def _replace_zygote(self, _event: dict[str, Any]) -> None:
         self._living.clear()
+        self._has_agent = False
         logger.warning("the zygote is gone and is replaced")
         self._agent_failures += 1
         await asyncio.sleep(pause_s(self._agent_failures))
@@ -224,6 +227,8 @@ class Supervisor:
         started_s = time.monotonic()
         self._deadline_s = started_s + self._job.grace_s
         self._send({"do": "stop", "signal": signum})
+        if not self._has_agent:
+            return exit_code(signum)
         if await self._wait_for("left", self._job.grace_s + _STOP_MARGIN_S, is_stop=True):
             logger.info("left in %.1f s", time.monotonic() - started_s)
         return exit_code(signum)
@@ -298,7 +303,7 @@ class Supervisor:
                 self._control.send(json.dumps(content).encode())
 
     def _join(self) -> None:
-        self._state = "meeting"
+        self._state, self._has_agent = "meeting", True
         self._num_finished = 0
         self._send({"do": "join"} | self._message())
 

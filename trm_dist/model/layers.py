@@ -1,6 +1,7 @@
 """The blocks of TRM's network: RMS norm without gain, gated MLPs, attention with rotary positions.
 
-Every layer is free of biases and normalises after the residual sum (post-norm).
+Every layer is free of biases and normalises after the residual sum (post-norm). Weights are
+float32, activations as precise as what comes in, and norms and rotations computed in float32.
 Shapes: B rows, S positions, D width, H heads.
 
 Source: arXiv 2510.04871 and its public code; formulas only.
@@ -18,7 +19,12 @@ ROTARY_BASE = 10_000.0
 
 def rms_norm(x: Tensor) -> Tensor:
     """Divide by the root mean square over the last axis; no learned gain."""
-    return F.rms_norm(x, x.shape[-1:], eps=EPSILON)
+    return F.rms_norm(widened(x), x.shape[-1:], eps=EPSILON).to(x.dtype)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return bfloat16 as float32, and anything else as it is."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def inner_width(width: int, *, expansion: float, multiple: int) -> int:
@@ -35,7 +41,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., num_in] to [..., num_out]."""
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class GatedMlp(nn.Module):
@@ -135,8 +141,9 @@ def rotary_tables(positions: int, head_width: int) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (i, i + width/2) of the last axis by its position's angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    exact = widened(x)
+    first, second = exact.chunk(2, dim=-1)
+    return (exact * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 def truncated_normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trm_dist.model.layers import AttentionBlock, Linear, MixerBlock, truncated_normal
+from trm_dist.model.layers import AttentionBlock, Linear, MixerBlock, truncated_normal, widened
 from trm_dist.randomness import derive_key
+
+Precision = Literal["fp32", "bf16"]
 
 HALT_BIAS = -5.0
 """The halting logit starts far below zero: nothing halts before it has learned when."""
@@ -47,8 +49,16 @@ class Trm(nn.Module):
     output_init: Tensor
     latent_init: Tensor
 
-    def __init__(self, shape: Shape, *, seed: int) -> None:
+    def __init__(self, shape: Shape, *, seed: int, precision: Precision = "fp32") -> None:
+        """Make a model with the weights of a seed.
+
+        Args:
+            shape: Its sizes.
+            seed: Of the weights.
+            precision: Of the activations; weights are float32.
+        """
         super().__init__()
+        self._is_bf16 = precision == "bf16"
         generator = torch.Generator().manual_seed(derive_key("weights", seed) >> 1)
         dim = shape.dim
         self.shape = shape
@@ -67,7 +77,7 @@ class Trm(nn.Module):
     def start(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """Return the first output y0 and latent z0, both [B, S, D]."""
         size = (num_rows, self.shape.prefix_len + self.shape.seq_len, self.shape.dim)
-        return self.output_init.expand(size), self.latent_init.expand(size)
+        return self._cast(self.output_init).expand(size), self._cast(self.latent_init).expand(size)
 
     def forward(
         self, tokens: Tensor, output: Tensor, latent: Tensor
@@ -80,20 +90,24 @@ class Trm(nn.Module):
             latent: z, [B, S, D], without gradient.
 
         Returns:
-            Token logits [B, L, V], halting logits [B], and the new y and z, detached.
+            Token logits [B, L, V] and halting logits [B] in float32, and the new y and z, detached.
         """
         x = self._embed(tokens)
         with torch.no_grad():
             for _ in range(self.shape.h_cycles - 1):
                 output, latent = self._refine(x, output, latent)
         output, latent = self._refine(x, output, latent)
-        logits = self.token_head(output[:, self.shape.prefix_len :])
-        halt = self.halt_head(output[:, 0])[:, 0]
+        logits = widened(self.token_head(output[:, self.shape.prefix_len :]))
+        halt = self.halt_head(widened(output[:, 0]))[:, 0]
         return logits, halt, output.detach(), latent.detach()
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        x = F.embedding(tokens, self.embedding) * self.shape.dim**0.5
+        x = self._cast(F.embedding(tokens, self.embedding) * self.shape.dim**0.5)
         return F.pad(x, (0, 0, self.shape.prefix_len, 0)) if self.shape.prefix_len else x
+
+    def _cast(self, x: Tensor) -> Tensor:
+        """Return an activation in the precision of activations."""
+        return x.bfloat16() if self._is_bf16 else x
 
     def _refine(self, x: Tensor, output: Tensor, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Think n times with the question in sight, then answer once without it."""
