@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test test-unit test-elastic test-s3 soak bench-checkpoints bench-reduction lint type layers check
+.PHONY: setup train test test-unit test-elastic test-s3 soak bench-checkpoints bench-reduction bench-recovery lint type layers check
 
 setup: $(READY)
 
@@ -49,6 +49,11 @@ bench-reduction: $(READY)
 	for workers in 2 3 4 5; do \
 	    $(BIN)/torchrun --nproc_per_node=$$workers -m tests.benchmarks.reduction 256 24 || exit 1; \
 	done
+
+# Time from kill -9 to the next batch beside the tutorial pattern, and goodput (13 minutes).
+bench-recovery: $(READY)
+	$(BIN)/python -m tests.benchmarks.recovery time
+	$(BIN)/python -m tests.benchmarks.recovery goodput
 
 .venv-bench/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
