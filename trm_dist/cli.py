@@ -26,13 +26,16 @@ from trm_dist.elastic.agent import (
     end_agent,
     is_under_launch,
     let_the_first_speak,
+    record_error,
 )
 from trm_dist.elastic.capability import pin_capability
 from trm_dist.errors import (
+    EXIT_CRASHED,
     EXIT_GAVE_UP,
     EXIT_HOPELESS,
     EXIT_INTERRUPTED,
     EXIT_USAGE,
+    StoreAwayError,
     TrmDistError,
     UserError,
 )
@@ -71,8 +74,12 @@ def _guarded(command: Callable[[bool], int]) -> int:
         tell(str(error))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    except StoreAwayError as error:
+        record_error(error)
+        return EXIT_CRASHED
     except TrmDistError as error:
         tell(str(error))
+        record_error(error)
         end_agent(os.environ)
         return EXIT_HOPELESS if is_under_launch(os.environ) else EXIT_GAVE_UP
     end_agent(os.environ)

@@ -193,9 +193,12 @@ class LogConfig:
     """text: lines for people; json: every event as one object a line."""
     log_every_s: float = 5.0
     """Seconds between progress lines of --log-format text."""
+    metrics_port: int = 0
+    """Port on which the writer answers GET /metrics of Prometheus; 0: none."""
 
     def __post_init__(self) -> None:
         _require(self, "log_every_s", _is_size, "must not be negative")
+        _require(self, "metrics_port", lambda port: 0 <= port < 1 << 16, "is not a port")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,7 +256,7 @@ PER_START = frozenset({
     "checkpoint_dir", "resume", "overwrite", "allow_dataset_change", "snapshot_dir",
     "snapshot_slots", "grace_period", "cpu_capability", "hang_timeout",
     "max_no_progress", "max_preemptions", "spot", "leave_on_rebalance", "preemption_file",
-    "metadata_url", "cache_dir", "cache_gb",
+    "metadata_url", "cache_dir", "cache_gb", "metrics_port",
 })  # fmt: skip
 """Settings that speak of one start and are not taken from a checkpoint."""
 

@@ -7,6 +7,7 @@ TrmDistError
 |   `-- ResumeError       there is no state to go on from, or it does not match the flags
 |-- CorruptCheckpointError     bytes are not the checkpoint they claim to be; an older one is tried
 |-- StoreError            no commit for longer than --store-deadline; exit code 1
+|-- StoreAwayError        a store cannot be reached at the start; a restart may help
 |-- HungError             no sign of life for longer than --hang-timeout; a restart may help
 |-- NoProgressError       restarted too often without a new batch; exit code 1
 |-- FencedError           another writer has taken over the run; exit code 1
@@ -51,6 +52,10 @@ class CorruptCheckpointError(TrmDistError, ValueError):
 
 class StoreError(TrmDistError, OSError):
     """The store took no commit for longer than `--store-deadline`."""
+
+
+class StoreAwayError(TrmDistError, OSError):
+    """A store cannot be reached at the start; a restart may help."""
 
 
 class NoProgressError(TrmDistError, RuntimeError):

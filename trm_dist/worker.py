@@ -21,7 +21,7 @@ from trm_dist.checkpoint.resume import remembered
 from trm_dist.checkpoint.runs import Run, excuse
 from trm_dist.checkpoint.snapshot import Flat
 from trm_dist.checkpoint.store import Store, open_store
-from trm_dist.config import CheckpointConfig, Config, flag
+from trm_dist.config import CheckpointConfig, Config, LogConfig, flag
 from trm_dist.elastic.agent import (
     end_agent,
     guardian,
@@ -44,6 +44,7 @@ from trm_dist.errors import (
     ConfigError,
     FencedError,
     NoProgressError,
+    StoreAwayError,
     StoreError,
     TrainingError,
     TrmDistError,
@@ -52,6 +53,7 @@ from trm_dist.errors import (
 from trm_dist.events import Emit, Stopped
 from trm_dist.logs import tell
 from trm_dist.observe.console import console, only_trouble
+from trm_dist.observe.metrics import Metrics, both
 from trm_dist.plan import Plan, check_space, make_plan, preload_data
 from trm_dist.share import share_plan
 from trm_dist.train import Trainer, pin_numerics
@@ -104,8 +106,7 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
     saving = _Saving(only_trouble)
     if world.is_writer:
         plan, persister = _plan_and_claim(config, given)
-        log = plan.config.log
-        saving.emit = console(log.log_format, log_every_s=log.log_every_s)
+        saving.emit = _listeners(plan.config.log)
     else:
         preload_data(config)  # while the writer plans
     pulse = Pulse.of_worker(os.environ, world.local_rank, config.train.hang_timeout)
@@ -117,30 +118,46 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
         plan, identity = share_plan(plan, config, given, group)
         pin_numerics(plan.config.train.threads)
         trainer = Trainer(plan, group, saving.emit, pulse)
-        checkpoint = plan.config.checkpoint
-        has_name, run = not plan.start.is_unnamed, plan.start.run
-        plan = None  # its state is not needed while training
+        plan = plan.without_state()  # it is not needed while training
         snapshots = None
         if world.is_first_of_node:
             # Where this node keeps them is its own affair, not the writer's.
             snapshots = _take_snapshots(trainer, config.checkpoint, identity, saving)
-        if snapshots and persister and saving.slots:
-            inherited = Inherited(persister.attach(saving.slots), has_name)
-            saving.grace_s = checkpoint.grace_period
-            saving.store, saving.run = open_store(checkpoint.checkpoint_dir), run
-            saving.manager = CheckpointManager(
-                snapshots, persister, checkpoint, saving.emit, inherited,
-            )  # fmt: skip
-            saving.manager.on_wait = lambda: _tell_waiting(pulse, group)
+            if not is_under_launch(os.environ):
+                watch(config.spot, _leave_node)
+        if snapshots and persister:
+            manager = _manage(snapshots, persister, plan, saving)
+            manager.on_wait = lambda: _tell_waiting(pulse, group)
         losses = trainer.loss_log(saving.slots.loss_log) if saving.slots else None
-        if world.is_first_of_node and not is_under_launch(os.environ):
-            watch(config.spot, _leave_node)
         Watchdog(pulse, group.is_excused, world.rank).start()
         trainer.run(saving.manager or snapshots, saving.manager, losses)
     except Exception as error:  # noqa: BLE001 the border: whatever it was, the newest state is kept
         _give_up(error, saving, listener)
     _forget_snapshots(saving)
     _leave(0)
+
+
+def _listeners(config: LogConfig) -> Emit:
+    """Return who hears the events of the run."""
+    lines = console(config.log_format, log_every_s=config.log_every_s)
+    if not config.metrics_port:
+        return lines
+    metrics = Metrics()
+    metrics.serve(config.metrics_port)
+    return both(lines, metrics)
+
+
+def _manage(
+    snapshots: Snapshots, persister: PersisterClient, plan: Plan, saving: _Saving
+) -> CheckpointManager:
+    """Let the persister publish from this node's slots, beginning with what was left there."""
+    assert saving.slots is not None, "snapshots have slots"
+    checkpoint, run = plan.config.checkpoint, plan.start.run
+    inherited = Inherited(persister.attach(saving.slots), not plan.start.is_unnamed)
+    saving.grace_s = checkpoint.grace_period
+    saving.store, saving.run = open_store(checkpoint.checkpoint_dir), run
+    saving.manager = CheckpointManager(snapshots, persister, checkpoint, saving.emit, inherited)
+    return saving.manager
 
 
 def _plan_and_claim(config: Config, given: frozenset[str]) -> tuple[Plan, PersisterClient]:
@@ -190,7 +207,14 @@ def _plan_patiently(
     store: Store, memory: SnapshotDir, persister: PersisterClient, config: Config,
     given: frozenset[str],
 ) -> Plan:  # fmt: skip
-    """Plan; a restarted worker waits for a store that is away, as nobody is there to mend it."""
+    """Plan; wait for a store that is away where nobody may be there to mend it.
+
+    That is after a restart, and under `launch`, whose node may be one that replaces another.
+
+    Raises:
+        StoreAwayError: Under `launch`, when it has waited long enough; it may start again.
+    """
+    is_patient = is_restart(os.environ) or is_under_launch(os.environ)
     give_up_at = time.monotonic() + min(config.checkpoint.store_deadline, _STORE_WAIT_S)
     while True:
         try:
@@ -199,9 +223,13 @@ def _plan_patiently(
             is_away = isinstance(error.__cause__, OSError) and not isinstance(
                 error.__cause__, FileNotFoundError | IsADirectoryError | PermissionError
             )
-            if not (is_away and is_restart(os.environ)) or time.monotonic() > give_up_at:
+            if not (is_away and is_patient):
                 raise
-            logger.warning("%s This is a restart: trying again.", error)
+            if time.monotonic() > give_up_at:
+                if is_under_launch(os.environ):
+                    raise StoreAwayError(str(error)) from error
+                raise
+            logger.warning("%s Trying again.", error)
             time.sleep(_STORE_PAUSE_S)
 
 

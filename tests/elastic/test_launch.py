@@ -303,3 +303,23 @@ def test_other_settings_give_one_digest_through_kills_too(
         assert run.end() == 0, run.messages()
     assert run.digest() == alone.digest()
     assert all(run.losses()[batch] == losses for batch, losses in alone.losses().items())
+
+
+def test_metrics_go_on_after_a_kill(directory: Path, free_port: int) -> None:
+    def value(name: str) -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{free_port}/metrics") as answer:
+            lines = answer.read().decode().splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
+
+    flags = {"--metrics-port": str(free_port), "--epochs": "1000"}
+    with training(directory, launch=2, flags=flags) as run:
+        run.wait_for_batches(5)
+        before = value("trm_batch_count")
+        assert before >= 5
+        kill(run.named("trm worker 0"))
+        run.wait_for_start(2)
+        run.wait_for_batches(3)
+        assert value("trm_batch_count") > before
+        assert value("trm_samples_total") < value("trm_samples_seen")
+        run.process.send_signal(signal.SIGTERM)
+        assert run.end() == 143

@@ -104,6 +104,17 @@ def test_restart_while_the_server_is_away_waits_for_it(
         assert_same_bits([run], undisturbed)
 
 
+def test_launch_on_a_new_node_waits_for_a_server_that_is_away(
+    place: Path, url: str, server: Server, undisturbed: Undisturbed
+) -> None:
+    server.kill()
+    with training(place, launch=2, flags={"--checkpoint-dir": url}) as run:
+        run.wait_for(lambda: "Trying again" in run.messages(), "a try in vain")
+        server.start()
+        assert run.end() == 0, run.messages()
+        assert_same_bits([run], undisturbed)
+
+
 def test_trainer_on_another_node_takes_over_and_the_older_one_stops_for_good(
     place: Path, url: str, proxy: Proxy, undisturbed: Undisturbed,
     monkeypatch: pytest.MonkeyPatch,

@@ -44,6 +44,7 @@ FLAGS = [
     "max_no_progress",
     "max_preemptions",
     "metadata_url",
+    "metrics_port",
     "n_sup",
     "net",
     "on_nan",

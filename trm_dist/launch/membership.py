@@ -183,7 +183,7 @@ def _run(
         max_restarts=_MOST_RESTARTS,
         monitor_interval=_MONITOR_S,
         local_addr=member.local_addr or None,
-        signals_to_handle="SIGTERM,SIGINT",
+        signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
         shutdown_timeout=member.shutdown_s,
     )
     try:

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
-from trm_dist.elastic.agent import LAUNCH
+from trm_dist.elastic.agent import LAUNCH, RESTARTS
 from trm_dist.elastic.notice import watch
 from trm_dist.elastic.preemption import exit_code
 from trm_dist.elastic.pulse import new_pulse
@@ -61,6 +61,7 @@ class Supervisor:
         self._budget = Budget(job.max_no_progress)
         self._zygote = 0
         """Its process id; 0 once it is reaped."""
+        self._num_zygotes = 0
         self._control: socket.socket | None = None
         self._address = ""
         self._living: dict[int, dict[str, Any]] = {}
@@ -174,6 +175,8 @@ class Supervisor:
             return None
         worker = self._living[event["pid"]]
         self._send({"do": "kill", "pid": event["pid"]})
+        if self._has_failed:
+            return None
         limit_s = self._pulse.signs()[worker["local_rank"]].limit_s
         return await self._count_failure(
             worker | {"error": f"no sign of life for {limit_s:.0f} s (--hang-timeout)"}
@@ -258,9 +261,11 @@ class Supervisor:
                 sys.executable, "-m", "trm_dist", "zygote", *map(str, inherited),
                 *self._job.arguments,
             ],
-            env=dict(self._job.environment), pass_fds=inherited, start_new_session=True,
+            env={**self._job.environment, RESTARTS: str(self._num_zygotes)},
+            pass_fds=inherited, start_new_session=True,
         )  # fmt: skip
         self._zygote = zygote.pid
+        self._num_zygotes += 1
         zygote.returncode = 0  # it is reaped with all the others
         theirs.close()
         listener.close()
@@ -281,7 +286,8 @@ class Supervisor:
 
     def _hear_notice(self, text: str) -> None:
         """Hear of a notice, in another thread."""
-        self._loop.call_soon_threadsafe(self._events.put_nowait, {"is": "notice", "text": text})
+        with suppress(RuntimeError):  # it has ended meanwhile
+            self._loop.call_soon_threadsafe(self._events.put_nowait, {"is": "notice", "text": text})
 
     def _hear(self) -> None:
         assert self._control is not None, "started"

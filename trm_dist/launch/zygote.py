@@ -76,6 +76,8 @@ class Zygote:
         self._workers: dict[int, _Worker] = {}
         self._agent_pid = 0
         self._starts: dict[int, int] = {}
+        self._first_start = int(os.environ.get(RESTARTS, "0"))
+        """Not 0 when another zygote has started workers before."""
         self._is_stopping = False
 
     def run(self) -> NoReturn:
@@ -152,8 +154,9 @@ class Zygote:
     ) -> None:
         rank, local_rank = int(environment["RANK"]), int(environment["LOCAL_RANK"])
         environment[PULSE] = str(self._pulse)
-        environment[RESTARTS] = str(self._starts.get(local_rank, 0))
-        self._starts[local_rank] = self._starts.get(local_rank, 0) + 1
+        starts = self._starts.get(local_rank, self._first_start)
+        environment[RESTARTS] = str(starts)
+        self._starts[local_rank] = starts + 1
         program = replace(self._worker, name=f"{self._worker.name} {local_rank}")
         pid = self._start(program, [], environment, descriptors)
         for each in descriptors:
