@@ -3,11 +3,15 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 import pytest
 
 from tests.elastic.harness import Undisturbed, training
+
+# A shell that starts tests in the background lets them ignore Ctrl+C, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="trm_dist-test-cache-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

@@ -1,8 +1,10 @@
 """`trm_dist launch`: whatever is killed of it, it goes on by itself, or says why it does not."""
 
 import json
+import os
 import random
 import signal
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -323,3 +325,33 @@ def test_metrics_go_on_after_a_kill(directory: Path, free_port: int) -> None:
         assert value("trm_samples_total") < value("trm_samples_seen")
         run.process.send_signal(signal.SIGTERM)
         assert run.end() == 143
+
+
+def listening_ports(pid: int) -> set[int]:
+    """The TCP ports on which a process listens."""
+    links = (os.readlink(each) for each in Path(f"/proc/{pid}/fd").iterdir())
+    inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == "0A" and rest[5] in inodes:
+                found.add(int(local.rsplit(":", 1)[1], 16))
+    return found
+
+
+def test_killed_agent_leaves_no_port_and_no_worker(directory: Path) -> None:
+    with training(directory, launch=2, flags={"--epochs": "1000"}) as run:
+        run.wait_for_batches(3)
+        agent, workers = run.named("trm agent"), [run.named(f"trm worker {n}") for n in (0, 1)]
+        stubs = [
+            pid for pid in run.processes() if "stub.py" in Path(f"/proc/{pid}/cmdline").read_text()
+        ]
+        ports = listening_ports(agent)
+        assert ports
+        kill(agent)
+        wait_until_gone([agent, *workers, *stubs])
+        for port in ports:
+            with socket.create_server(("127.0.0.1", port)):
+                pass
+        run.wait_for_start(2)
