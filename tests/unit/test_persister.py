@@ -480,3 +480,38 @@ def end(trainer: "subprocess.Popen[bytes]") -> None:
     trainer.kill()
     with trainer:
         pass
+
+
+STARTER = """
+import subprocess, sys
+child = subprocess.Popen(
+    [sys.executable, "-m", "trm_dist.checkpoint.persister", sys.argv[1]], start_new_session=True
+)
+print(child.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_persister_whose_starter_dies_before_it_has_connected_ends() -> None:
+    address = f"trm_dist-test-{random.randbytes(6).hex()}"
+    command = [sys.executable, "-c", STARTER, address]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
+    ) as starter:
+        assert starter.stdout is not None
+        pid = int(starter.stdout.readline())
+        eventually(lambda: address in Path("/proc/net/unix").read_text())
+        time.sleep(0.3)
+        assert Path(f"/proc/{pid}").exists(), "it waits as long as its starter lives"
+        starter.kill()
+    give_up_at = time.monotonic() + 15  # far less than it would wait for a client
+    while _is_running(pid):
+        assert time.monotonic() < give_up_at
+        time.sleep(0.02)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

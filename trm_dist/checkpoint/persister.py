@@ -87,12 +87,19 @@ class Persister:
         """Serve until there is nothing and nobody left."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._listener, self._accept)
-        loop.call_later(FIRST_CLIENT_S, self._end_if_done)
+        self._watch(os.getppid())  # who has started it; should that one die, nobody will come
+        loop.call_later(FIRST_CLIENT_S, self._stop_waiting)
         working = asyncio.create_task(self._work())
         ending = asyncio.create_task(self._ended.wait())
         await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             working.result()
+
+    def _stop_waiting(self) -> None:
+        """End unless somebody has come."""
+        if self._client is None and self._writer is None:
+            self._forget_guardian()
+            self._end_if_done()
 
     # -- the client --------------------------------------------------------------------------------
 
