@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -89,7 +89,7 @@ class Supervisor:
             server = await serve_health(self._job.health_port, self._health)
         watching = loop.create_task(self._watch_pulse())
         try:
-            self._start_zygote()
+            await self._start_zygote()
             return await self._keep_going()
         finally:
             watching.cancel()
@@ -99,11 +99,12 @@ class Supervisor:
 
     async def _keep_going(self) -> int:
         """Act on one event after the other until one of them ends this node's part."""
-        act = {
+        act: dict[str, Callable[[dict[str, Any]], Awaitable[int | None]]] = {
             "signal": lambda event: self._stop(event["number"]),
             "notice": self._leave,
             "hung": self._end_hung,
             "ready": self._get_ready,
+            "pause is over": lambda event: event["then"](),
             "worker": self._welcome,
             "ended": self._judge,
             "left": self._replace_agent,
@@ -123,7 +124,7 @@ class Supervisor:
                 "a library has started a thread, so workers are started as commands, which takes "
                 "seconds at every restart"
             )
-        self._join()
+        await self._join()
 
     async def _welcome(self, event: dict[str, Any]) -> None:
         self._living[event["pid"]] = event | {"since_s": time.monotonic()}
@@ -190,8 +191,7 @@ class Supervisor:
         if event["code"] < 0:
             logger.warning("the agent was %s; joining again", _ended_by(event["code"]))
         self._agent_failures = 0 if self._state == "training" else self._agent_failures + 1
-        await asyncio.sleep(pause_s(self._agent_failures))
-        self._join()
+        self._after_a_pause(self._join)
         return None
 
     async def _replace_zygote(self, _event: dict[str, Any]) -> None:
@@ -199,8 +199,13 @@ class Supervisor:
         self._has_agent = False
         logger.warning("the zygote is gone and is replaced")
         self._agent_failures += 1
-        await asyncio.sleep(pause_s(self._agent_failures))
-        self._start_zygote()
+        self._after_a_pause(self._start_zygote)
+
+    def _after_a_pause(self, then: Callable[[], Awaitable[None]]) -> None:
+        """Go on a little later, the longer the more often in a row; other events come meanwhile."""
+        event = {"is": "pause is over", "then": then}
+        pause = pause_s(self._agent_failures)
+        self._loop.call_later(pause, self._events.put_nowait, event)
 
     async def _leave(self, event: dict[str, Any]) -> int:
         logger.warning("%s: this node saves and leaves", event["text"])
@@ -249,7 +254,7 @@ class Supervisor:
 
     # -- processes ---------------------------------------------------------------------------------
 
-    def _start_zygote(self) -> None:
+    async def _start_zygote(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._address = f"trm_dist-zygote-{secrets.token_hex(8)}"
@@ -308,7 +313,7 @@ class Supervisor:
             with suppress(OSError):  # its end will be heard of
                 self._control.send(json.dumps(content).encode())
 
-    def _join(self) -> None:
+    async def _join(self) -> None:
         self._state, self._has_agent = "meeting", True
         self._num_finished = 0
         self._send({"do": "join"} | self._message())
