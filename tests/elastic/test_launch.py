@@ -110,9 +110,14 @@ def test_stop_saves_what_is_finished_and_says_so(
         assert_same_bits([first, second], undisturbed)
 
 
-def test_stop_within_the_grace_period_does_not_wait_for_a_long_batch(directory: Path) -> None:
-    with training(directory, launch=2, base={**SLOW_BASE, "--grace-period": "5"}) as run:
+@pytest.mark.parametrize("steps", ["16", pytest.param("96", marks=pytest.mark.soak)])
+def test_stop_within_the_grace_period_does_not_wait_for_a_long_batch(
+    directory: Path, steps: str
+) -> None:
+    flags = {"--grace-period": "5", "--n-sup": steps, "--log-format": "json"}
+    with training(directory, launch=2, base=SLOW_BASE, flags=flags) as run:
         run.wait_for_batches(1)
+        print(f"a batch takes {run.events('batch')[0]['seconds']:.1f} s")  # noqa: T201
         time.sleep(0.5)  # in the middle of the next one
         told = run.told()
         run.process.send_signal(signal.SIGTERM)
