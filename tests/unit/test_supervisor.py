@@ -2,7 +2,10 @@
 
 import asyncio
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from trm_dist.config import Config
@@ -17,34 +20,41 @@ class Alone(Supervisor):
         config = Config().with_values({"spot": "none"})
         super().__init__(job_of(LaunchConfig(), config, (), {}))
         self.starts = 0
-        self.sent: list[Mapping[str, Any]] = []
 
     async def _start_zygote(self) -> None:
         self.starts += 1
         self._events.put_nowait({"is": "gone"})
 
     def _send(self, content: Mapping[str, Any]) -> None:
-        self.sent.append(content)
+        """Send nothing."""
+
+
+async def stop_in_a_long_pause() -> None:
+    supervisor = Alone()
+
+    async def stop() -> None:
+        while supervisor.starts < 3:
+            await asyncio.sleep(0.01)
+        supervisor._agent_failures = 20  # the next pause is a minute
+        supervisor._events.put_nowait({"is": "gone"})
+        await asyncio.sleep(0.1)
+        supervisor._events.put_nowait({"is": "signal", "number": signal.SIGTERM})
+
+    async with asyncio.timeout(20):
+        stopping = asyncio.create_task(stop())
+        code = await supervisor.run()
+        await stopping
+    print("code", code, "starts", supervisor.starts)  # noqa: T201 to the test
 
 
 def test_stop_is_heard_in_the_longest_pause() -> None:
-    async def run() -> tuple[int, int]:
-        supervisor = Alone()
+    # In a process of its own, as a supervisor reaps all children of its process.
+    command = [sys.executable, "-m", "tests.unit.test_supervisor"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+    assert done.stdout.split() == ["code", "143", "starts", "3"], done.stderr
 
-        async def stop() -> None:
-            while supervisor.starts < 3:
-                await asyncio.sleep(0.01)
-            supervisor._agent_failures = 20  # the next pause is a minute
-            supervisor._events.put_nowait({"is": "gone"})
-            await asyncio.sleep(0.1)
-            supervisor._events.put_nowait({"is": "signal", "number": signal.SIGTERM})
 
-        async with asyncio.timeout(20):
-            stopping = asyncio.create_task(stop())
-            code = await supervisor.run()
-            await stopping
-        return code, supervisor.starts
-
-    code, starts = asyncio.run(run())
-    assert code == 143
-    assert starts == 3
+if __name__ == "__main__":
+    asyncio.run(stop_in_a_long_pause())

@@ -174,14 +174,13 @@ class Supervisor:
         """End a worker that cannot end itself, such as one that was stopped."""
         if event["pid"] not in self._living:
             return None
-        worker = self._living[event["pid"]]
+        worker, code = self._living[event["pid"]], None
+        if not self._has_failed:
+            limit_s = self._pulse.signs()[worker["local_rank"]].limit_s
+            error = f"no sign of life for {limit_s:.0f} s (--hang-timeout)"
+            code = await self._count_failure(worker | {"error": error})
         self._send({"do": "kill", "pid": event["pid"]})
-        if self._has_failed:
-            return None
-        limit_s = self._pulse.signs()[worker["local_rank"]].limit_s
-        return await self._count_failure(
-            worker | {"error": f"no sign of life for {limit_s:.0f} s (--hang-timeout)"}
-        )
+        return code
 
     async def _replace_agent(self, event: dict[str, Any]) -> int | None:
         """Start the next agent, after a while if the last ones have not come to train."""
