@@ -12,11 +12,14 @@ from trm_dist.launch.membership import Member, conclude, connect, current, move_
 def rendezvous(port: int) -> Iterator[str]:
     command = [sys.executable, "-m", "trm_dist", "rendezvous", "--host", "127.0.0.1"]
     with subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        assert process.stdout.readline() == f"rendezvous at 127.0.0.1:{port}\n".encode()
-        yield f"127.0.0.1:{port}"
-        process.terminate()
-        assert process.wait(20) == 0
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == f"rendezvous at 127.0.0.1:{port}\n".encode()
+            yield f"127.0.0.1:{port}"
+            process.terminate()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
 
 
 def member(endpoint: str) -> Member:
