@@ -2,13 +2,18 @@
 
 import asyncio
 import signal
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trm_dist.config import Config
+from trm_dist.elastic.agent import PULSE
+from trm_dist.elastic.pulse import START_LIMIT_S, Pulse
+from trm_dist.launch.health import _response
 from trm_dist.launch.job import LaunchConfig, job_of
 from trm_dist.launch.supervisor import Supervisor
 
@@ -54,6 +59,22 @@ def test_stop_is_heard_in_the_longest_pause() -> None:
         command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
     )
     assert done.stdout.split() == ["code", "143", "starts", "3"], done.stderr
+
+
+def test_health_is_lost_with_the_signs_of_life_of_one_worker_while_training() -> None:
+    config = Config().with_values({"spot": "none"})
+    supervisor = Supervisor(job_of(LaunchConfig(nproc_per_node=2), config, (), {}))
+    variables = {PULSE: str(supervisor._pulse_descriptor)}
+    workers = [Pulse.of_worker(variables, slot, 0.0) for slot in range(2)]
+    for each in workers:
+        each.beat(7)
+    supervisor._state = "training"
+    assert _response("GET /healthz HTTP/1.1", supervisor._health).startswith(b"HTTP/1.1 200")
+    long_ago = time.monotonic() - 3 * START_LIMIT_S
+    struct.pack_into("<ddq", workers[1]._buffer, 24, long_ago, START_LIMIT_S, 7)
+    assert _response("GET /healthz HTTP/1.1", supervisor._health).startswith(b"HTTP/1.1 503")
+    supervisor._state = "meeting"  # it waits for the other nodes
+    assert _response("GET /healthz HTTP/1.1", supervisor._health).startswith(b"HTTP/1.1 200")
 
 
 if __name__ == "__main__":

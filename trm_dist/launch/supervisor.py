@@ -1,9 +1,8 @@
 """`trm_dist launch`: the first process of a node and the last one. No torch is in it.
 
 It has everything started by the zygote, hears how it goes, and decides: start again, give up, or
-leave because it was told to. What it decides by is small: exit codes of workers (0 finished, 2 the
-user must change something, 1 a restart would not help), signals, notices, and whether batches get
-finished in between.
+leave because it was told to. What it decides by is small: exit codes of workers (see `errors`),
+signals, notices, and whether batches get finished in between.
 """
 
 import asyncio
