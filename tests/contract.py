@@ -164,6 +164,16 @@ class StoreContract:
 
         assert [entry.name for entry in store.entries()] == ["a.pt"]
 
+    def test_entries_of_a_folder_are_named_within_it(self, store: Store) -> None:
+        store.put("a.pt", [b"123"])
+        store.put(f"{HIDDEN}/run.json", [b"{}"])
+
+        assert {each.name: each.size_bytes for each in store.entries(HIDDEN)}["run.json"] == 2
+        assert "a.pt" not in {each.name for each in store.entries(HIDDEN)}
+
+    def test_folder_that_does_not_exist_is_empty(self, store: Store) -> None:
+        assert store.entries(HIDDEN) == []
+
     def test_hidden_file_is_read_back_by_its_path(self, store: Store) -> None:
         store.put(f"{HIDDEN}/run.json", [b"{}"])
 

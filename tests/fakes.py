@@ -28,8 +28,13 @@ class MemoryStore:
         self.calls: list[str] = []
         """Such as "put checkpoint_latest.pt"."""
 
-    def entries(self) -> list[Entry]:
-        return [Entry(name, len(data), 0.0) for name, data in self.files.items() if "/" not in name]
+    def entries(self, folder: str = "") -> list[Entry]:
+        start = f"{folder}/" if folder else ""
+        return [
+            Entry(name.removeprefix(start), len(data), 0.0)
+            for name, data in self.files.items()
+            if name.startswith(start) and "/" not in name.removeprefix(start)
+        ]
 
     def read(self, name: str, start: int = 0, num_bytes: int | None = None) -> bytes:
         data = self._existing(name)[start:]

@@ -6,6 +6,7 @@ receive its settings and make their part of it, so that all workers are of one m
 
 import json
 import logging
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
@@ -39,6 +40,8 @@ class Plan:
     dataset: Dataset
     eval_dataset: Dataset | None
     shape: Shape
+    restore_s: float = 0.0
+    """What finding and reading the state has taken."""
 
     @property
     def config(self) -> Config:
@@ -84,7 +87,10 @@ def make_plan(
             f"--checkpoint-dir {store.url}: what is kept there is gone with the process. Give a "
             "path, s3://BUCKET/RUN, or another URL that lasts."
         )
-    return plan_from(_choose_start(store, config, launch_id, memory), config, given)
+    started_s = time.monotonic()
+    start = _choose_start(store, config, launch_id, memory)
+    restore_s = time.monotonic() - started_s
+    return replace(plan_from(start, config, given), restore_s=restore_s)
 
 
 def plan_from(start: Start, config: Config, given: Iterable[str]) -> Plan:

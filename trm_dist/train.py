@@ -41,6 +41,7 @@ from trm_dist.model.ema import Ema
 from trm_dist.model.optim import Optimizer
 from trm_dist.model.supervision import SCORES, Supervision
 from trm_dist.model.trm import Trm, num_parameters
+from trm_dist.observe.ledger import Spend, Spent
 from trm_dist.plan import Plan, environment
 from trm_dist.progress import COUNTERS, Progress
 
@@ -66,7 +67,7 @@ class Keeper(Protocol):
 class Trainer:
     """One start of a run, in one worker."""
 
-    def __init__(self, plan: Plan, group: Group, emit: Emit, pulse: Pulse) -> None:
+    def __init__(self, plan: Plan, group: Group, emit: Emit, pulse: Pulse, spend: Spend) -> None:
         """Build the parts and take the state of the checkpoint, if there is one.
 
         Args:
@@ -74,10 +75,11 @@ class Trainer:
             group: The formed process group.
             emit: Hears the events.
             pulse: Shown signs of life.
+            spend: Told what time is spent on.
         """
         config = plan.config
         self._plan, self._config = plan.without_state(), config
-        self._group, self._emit, self._pulse = group, emit, pulse
+        self._group, self._emit, self._pulse, self._spend = group, emit, pulse, spend
         self._manager: CheckpointManager | None = None
         self._keeper: Keeper | None = None
         self._losses: LossLog | None = None
@@ -142,6 +144,7 @@ class Trainer:
         started_s, first = time.monotonic(), self._progress
         self._tell_start()
         self._pulse.beat(first.batch_count)
+        self._spend(Spent.SAVE_STALL)
         if keeper:
             keeper.capture(self.state())
         if manager and self._plan.start.is_unnamed:  # killed between its capture and its publish
@@ -149,6 +152,7 @@ class Trainer:
         while not self._is_finished():
             batch = self._train_batch()
             self._compare(batch)
+            self._spend(Spent.SAVE_STALL)
             is_kept = self._keep(batch.seconds)
             self._pulse.beat(self._progress.batch_count)
             self._emit(batch)  # with a snapshot after each, a batch that was told of is in one
@@ -197,10 +201,11 @@ class Trainer:
     def _train_batch(self) -> events.Batch:
         started_s = time.monotonic()
         at = self._progress.at_next_batch(self._plan.batches_per_epoch)
+        self._spend(Spent.DATA_WAIT)
         batch = self._feed.batch(at)
-        carries = [
-            self._task.start(self._feed.rows(batch, shard)) for shard in self._local_shards()
-        ]
+        rows = [self._feed.rows(batch, shard) for shard in self._local_shards()]
+        self._spend(Spent.PRODUCTIVE)
+        carries = [self._task.start(each) for each in rows]
         table = torch.zeros(self._config.data.shards, len(SCORES), dtype=torch.float64)
         steps = 0
         for _ in range(self._task.max_steps):
@@ -242,6 +247,7 @@ class Trainer:
                 table[shard] = scores
         self._reduction.finish()
         self._pulse.beat()
+        self._spend(Spent.PRODUCTIVE)
         return self._group.sum_(table)
 
     def _is_finite(self, scores: Tensor) -> bool:
@@ -261,14 +267,20 @@ class Trainer:
         if dataset is None or self._evaluated_at == self._progress.batch_count:
             return
         started_s = time.monotonic()
+        self._spend(Spent.EVALUATION)
         with self._ema.averaged():
             found = evaluate(
                 self._task, dataset, self._group,
-                num_rows=self._feed.rows_per_shard, on_step=self._pulse.beat,
+                num_rows=self._feed.rows_per_shard, on_step=self._show_evaluation,
             )  # fmt: skip
+        self._spend(Spent.SAVE_STALL)
         self._evaluated_at = self._progress.batch_count
         seconds = time.monotonic() - started_s
         self._emit(events.Evaluated(progress=self._progress, seconds=seconds, **asdict(found)))
+
+    def _show_evaluation(self) -> None:
+        self._pulse.beat()
+        self._spend(Spent.EVALUATION)
 
     # -- state -------------------------------------------------------------------------------------
 

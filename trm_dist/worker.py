@@ -10,11 +10,13 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from trm_dist.checkpoint.client import PersisterClient
+from trm_dist.checkpoint.journal import Journal
 from trm_dist.checkpoint.manager import CheckpointManager, Inherited, Snapshots
 from trm_dist.checkpoint.memory import Slots, SnapshotDir, remove_if_unlocked, take_slots
 from trm_dist.checkpoint.resume import remembered
@@ -23,16 +25,19 @@ from trm_dist.checkpoint.snapshot import Flat
 from trm_dist.checkpoint.store import Store, open_store
 from trm_dist.config import CheckpointConfig, Config, LogConfig, flag
 from trm_dist.elastic.agent import (
+    CAUSE,
     end_agent,
     guardian,
     is_restart,
     is_under_agent,
     is_under_launch,
+    launched_at,
     record_error,
     will_restart,
 )
 from trm_dist.elastic.notice import watch
 from trm_dist.elastic.preemption import StopListener, exit_code
+from trm_dist.elastic.process import started_at
 from trm_dist.elastic.pulse import Pulse, Watchdog
 from trm_dist.elastic.restarts import pause_s
 from trm_dist.elastic.world import PATIENCE_S, Group, World, form_group, launch_id
@@ -53,6 +58,7 @@ from trm_dist.errors import (
 from trm_dist.events import Emit, Stopped
 from trm_dist.logs import tell
 from trm_dist.observe.console import console, only_trouble
+from trm_dist.observe.ledger import Ledger, Spent
 from trm_dist.observe.metrics import Metrics, both
 from trm_dist.plan import Plan, check_space, make_plan, preload_data
 from trm_dist.share import share_plan
@@ -72,11 +78,15 @@ _HEADER_GROWTH_BYTES = 4096
 """Room for counters that get longer."""
 
 _MOST_PLANS = 5
+_MOST_REASON_CHARACTERS = 2000
 
 _STORE_WAIT_S = 240.0
 """How long a restarted writer waits for its store; the others wait for it a little longer."""
 
 _STORE_PAUSE_S = 2.0
+
+_KEEP_S = 3.0
+"""How long the end waits for its ledger to be kept; the persister may still do it after that."""
 
 
 @dataclass(slots=True)
@@ -89,6 +99,13 @@ class _Saving:
     grace_s: float = 0.0
     store: Store | None = None
     run: Run | None = None
+    journal: Journal | None = None
+    ledger: Ledger | None = None
+
+    def spend(self, spent: Spent) -> None:
+        """Tell the ledger, where there is one, what time is spent on from now on."""
+        if self.ledger:
+            self.ledger.spend(spent)
 
 
 def train(config: Config, given: frozenset[str]) -> NoReturn:
@@ -105,19 +122,24 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
     plan = persister = None
     saving = _Saving(only_trouble)
     if world.is_writer:
+        saving.journal, saving.ledger = _open_ledger(os.environ)
         plan, persister = _plan_and_claim(config, given)
-        saving.emit = _listeners(plan.config.log)
+        saving.ledger.belong(plan.start.run.summary())
+        saving.ledger.move(plan.restore_s, Spent.STARTUP, Spent.RESTORE)
+        saving.emit = both(_listeners(plan.config.log), saving.ledger)
     else:
         preload_data(config)  # while the writer plans
     pulse = Pulse.of_worker(os.environ, world.local_rank, config.train.hang_timeout)
     pulse.beat()
+    saving.spend(Spent.RENDEZVOUS)
     group = form_group(world, os.environ, config.train.hang_timeout or PATIENCE_S)
     listener = StopListener(lambda signum: _stop(signum, saving))
     listener.start()
+    saving.spend(Spent.RESTORE)
     try:
         plan, identity = share_plan(plan, config, given, group)
         pin_numerics(plan.config.train.threads)
-        trainer = Trainer(plan, group, saving.emit, pulse)
+        trainer = Trainer(plan, group, saving.emit, pulse, saving.spend)
         plan = plan.without_state()  # it is not needed while training
         snapshots = None
         if world.is_first_of_node:
@@ -133,8 +155,30 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
         trainer.run(saving.manager or snapshots, saving.manager, losses)
     except Exception as error:  # noqa: BLE001 the border: whatever it was, the newest state is kept
         _give_up(error, saving, listener)
+    _end_ledger(saving)
     _forget_snapshots(saving)
     _leave(0)
+
+
+def _open_ledger(environment: Mapping[str, str]) -> tuple[Journal, Ledger]:
+    """Begin the ledger of this start, in memory that outlives it."""
+    started = started_at(os.getpid())
+    journal = Journal.create(started)
+    ledger = Ledger(
+        journal.descriptor,
+        started_at=started,
+        launched_at=launched_at(environment),
+        cause=environment.get(CAUSE, ""),
+    )
+    return journal, ledger
+
+
+def _end_ledger(saving: _Saving) -> None:
+    """Write that this start ends here, and have that kept next to the checkpoints."""
+    if saving.ledger:
+        saving.ledger.end()
+    if saving.manager:
+        saving.manager.keep_journal(_KEEP_S)
 
 
 def _listeners(config: LogConfig) -> Emit:
@@ -153,7 +197,9 @@ def _manage(
     """Let the persister publish from this node's slots, beginning with what was left there."""
     assert saving.slots is not None, "snapshots have slots"
     checkpoint, run = plan.config.checkpoint, plan.start.run
-    inherited = Inherited(persister.attach(saving.slots), not plan.start.is_unnamed)
+    assert saving.journal is not None, "a writer has one"
+    busy = persister.attach(saving.slots, saving.journal)
+    inherited = Inherited(busy, not plan.start.is_unnamed)
     saving.grace_s = checkpoint.grace_period
     saving.store, saving.run = open_store(checkpoint.checkpoint_dir), run
     saving.manager = CheckpointManager(snapshots, persister, checkpoint, saving.emit, inherited)
@@ -300,6 +346,8 @@ def _forget_snapshots(saving: _Saving) -> None:
 def _stop(signum: int, saving: _Saving) -> NoReturn:
     """End this worker for a signal: no collective, no agreement, the newest state saved."""
     manager = saving.manager
+    if saving.ledger:
+        saving.ledger.stop(signal.Signals(signum).name)
     if manager:
         if manager.freeze(saving.grace_s):
             _save_newest(manager, saving)
@@ -307,6 +355,7 @@ def _stop(signum: int, saving: _Saving) -> NoReturn:
             _excuse(saving)
         if manager.captured:
             saving.emit(Stopped(progress=manager.captured, reason=signal.Signals(signum).name))
+    _end_ledger(saving)
     _leave(exit_code(signum))
 
 
@@ -357,9 +406,16 @@ def _give_up(error: Exception, saving: _Saving, listener: StopListener) -> NoRet
         threading.Event().wait()
     # The workers that come next find the newest state in memory, and the persister publishes it.
     is_safe_in_memory = is_lost_worker and will_restart(os.environ)
+    if saving.ledger:
+        saving.ledger.stop("another worker was lost" if is_lost_worker else _in_words(error))
     if manager and not is_safe_in_memory and not isinstance(error, StoreError | FencedError):
         _save_newest(manager, saving)
+        _end_ledger(saving)
     _leave(_exit_code(error, is_lost_worker=is_lost_worker))
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:_MOST_REASON_CHARACTERS]
 
 
 def _tell_agent(error: Exception, *, is_lost_worker: bool) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from trm_dist.checkpoint.client import PersisterClient
+from trm_dist.checkpoint.journal import Journal
 from trm_dist.checkpoint.manager import CheckpointManager, Snapshots
 from trm_dist.checkpoint.memory import remove_if_unlocked, take_slots
 from trm_dist.checkpoint.runs import Run
@@ -56,7 +57,7 @@ class Ours:
         self._slots = take_slots("/dev/shm", directory, num_slots=3, **size)
         client = PersisterClient(directory, directory, os.getpid())
         client.open(Run.fresh("bench"), deadline_s=60.0, keep_last=2, keep_every=0)
-        client.attach(self._slots)
+        client.attach(self._slots, Journal.create(time.time()))
         # A name of its own each time, so that every save is a whole file and a link to it.
         config = CheckpointConfig(checkpoint_interval=1)
         self._manager = CheckpointManager(

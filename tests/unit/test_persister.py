@@ -18,12 +18,13 @@ import pytest
 from tests.fakes import RUN, make_state
 from trm_dist.checkpoint.catalog import read_summary
 from trm_dist.checkpoint.client import PersisterClient
+from trm_dist.checkpoint.journal import Journal, read_journals
 from trm_dist.checkpoint.manager import Snapshots
 from trm_dist.checkpoint.memory import Slots, SnapshotDir
 from trm_dist.checkpoint.names import LATEST, epoch_name
 from trm_dist.checkpoint.runs import RECORD, Run, claim, new_writer, read_run
 from trm_dist.checkpoint.snapshot import Flat
-from trm_dist.checkpoint.store import LocalStore
+from trm_dist.checkpoint.store import HIDDEN, LocalStore
 from trm_dist.errors import FencedError
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +62,8 @@ class Node:
         room = {"header_bytes": len(flat.header) + 4096, "body_bytes": flat.num_bytes}
         self.slots: Slots = self.memory.take(num_slots=3, **room)
         self.snapshots = Snapshots(self.slots)
-        return self.client.attach(self.slots)
+        self.journal = Journal.create(time.time())
+        return self.client.attach(self.slots, self.journal)
 
     def capture(self, batch_count: int) -> None:
         self.snapshots.capture(make_state(batch_count, self.run))
@@ -515,3 +517,91 @@ def _is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+# -- the journal -----------------------------------------------------------------------------------
+
+
+def write(node: Node, text: bytes) -> None:
+    os.write(node.journal.descriptor, text)
+
+
+def kept(node: Node) -> list[bytes]:
+    return list(read_journals(node.store))
+
+
+def test_journal_is_kept_with_each_commit(node: Node) -> None:
+    write(node, b"one")
+    node.publish(1)
+    node.wait_for("committed")
+    eventually(lambda: kept(node) == [b"one"])
+
+    write(node, b" two")
+    node.publish(2)
+    node.wait_for("committed")
+
+    eventually(lambda: kept(node) == [b"one two"])
+
+
+def test_journal_is_kept_when_it_is_asked_for(node: Node) -> None:
+    write(node, b"the end")
+
+    node.client.keep_journal(60.0)
+
+    assert kept(node) == [b"the end"]
+
+
+def test_journal_that_cannot_be_kept_keeps_nobody_waiting(node: Node) -> None:
+    write(node, b"the end")
+
+    with slow(node):
+        node.client.keep_journal(0.2)
+        assert kept(node) == []
+
+    eventually(lambda: kept(node) == [b"the end"])
+
+
+def test_journal_that_a_store_has_refused_is_kept_at_the_next_commit(node: Node) -> None:
+    write(node, b"one")
+    Path(f"{node.store.url}/{node.journal.name}").mkdir(parents=True)
+    node.client.keep_journal(60.0)
+    assert [each.name for each in node.store.entries(HIDDEN) if "ledger" in each.name] == []
+    Path(f"{node.store.url}/{node.journal.name}").rmdir()
+
+    node.publish(1)
+    node.wait_for("committed")
+
+    eventually(lambda: kept(node) == [b"one"])
+
+
+def test_goodbye_keeps_the_journal(node: Node) -> None:
+    write(node, b"the end")
+
+    node.client.close()
+
+    eventually(lambda: not persisters(node))
+    assert kept(node) == [b"the end"]
+
+
+def test_journal_of_a_killed_trainer_is_kept_beside_that_of_the_next(node: Node) -> None:
+    write(node, b"first")
+    node.client._disconnect()  # as the kernel does for a process that is killed
+    first = node.journal
+
+    node.open()
+    node.attach()
+    write(node, b"second")
+    node.publish(1)
+    node.wait_for("committed")
+
+    eventually(lambda: kept(node) == [b"first", b"second"])
+    assert first.name != node.journal.name
+
+
+def test_journal_outlives_its_persister(node: Node) -> None:
+    write(node, b"one")
+    os.kill(persisters(node)[0], signal.SIGKILL)
+    node.publish(1)
+    node.wait_for("committed")
+
+    eventually(lambda: kept(node) == [b"one"])

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from hashlib import blake2b
 from typing import IO, Any
 
+from trm_dist.checkpoint.journal import Journal
 from trm_dist.checkpoint.memory import Slots, reopened
 from trm_dist.checkpoint.persister import MAX_MESSAGE_BYTES
 from trm_dist.checkpoint.runs import Run, new_writer
@@ -53,6 +54,7 @@ class PersisterClient:
         self._process: subprocess.Popen[bytes] | None = None
         self._opening: dict[str, Any] = {}
         self._slots: Slots | None = None
+        self._journal: Journal | None = None
         self._asked: list[dict[str, Any]] = []
         self._mend_at_s = 0.0
         self._fenced = ""
@@ -78,13 +80,13 @@ class PersisterClient:
         self._opening |= {"run": asdict(run), "writer": run.writer, "is_mending": True}
         return run
 
-    def attach(self, slots: Slots) -> list[dict[str, Any]]:
-        """Let snapshots be published from these slots.
+    def attach(self, slots: Slots, journal: Journal) -> list[dict[str, Any]]:
+        """Let snapshots be published from these slots, and a copy of the journal be kept.
 
         Returns:
             Jobs of the trainer before, in the same slots, that are still at work.
         """
-        self._slots = slots
+        self._slots, self._journal = slots, journal
         try:
             busy = self._attach()
         except ConnectionError:
@@ -135,6 +137,22 @@ class PersisterClient:
                     if (job["slot"], job["sequence"]) != (each["slot"], each["sequence"])
                 ]  # fmt: skip
         return found
+
+    def keep_journal(self, wait_s: float) -> None:
+        """Have the copy of the journal brought up to date, waiting a while for it.
+
+        For the end: what became of jobs meanwhile is not told any more.
+        """
+        deadline = time.monotonic() + wait_s
+        try:
+            if self._socket is not None:
+                self._send({"do": "keep"})
+            while self._socket is not None and (left_s := deadline - time.monotonic()) > 0:
+                message = self._receive(left_s)
+                if message and message["is"] == "kept":
+                    return
+        except (OSError, FencedError):
+            return
 
     def close(self) -> None:
         """Tell the persister that nothing is left to do."""
@@ -195,10 +213,12 @@ class PersisterClient:
 
     def _attach(self) -> list[dict[str, Any]]:
         assert self._slots is not None, "known"
+        assert self._journal is not None, "known"
         assert self._socket is not None, "connected"
         descriptor = reopened(self._slots)
+        message = json.dumps({"do": "attach", "journal": self._journal.name}).encode()
         try:
-            socket.send_fds(self._socket, [b'{"do": "attach"}'], [descriptor])
+            socket.send_fds(self._socket, [message], [descriptor, self._journal.descriptor])
         finally:
             os.close(descriptor)
         busy: list[dict[str, Any]] = self._answer("attached")["busy"]

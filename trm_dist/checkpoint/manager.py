@@ -41,6 +41,10 @@ class Publishing(Protocol):
         """Return what became of it."""
         ...
 
+    def keep_journal(self, wait_s: float) -> None:
+        """Have the copy of the journal brought up to date, waiting a while for it."""
+        ...
+
     def close(self) -> None:
         """Tell that nothing is left to do."""
         ...
@@ -222,6 +226,11 @@ class CheckpointManager:
         self._wait_until(lambda: not self._asked)
         self._ask([FINAL])
         self._wait_until(lambda: not self._asked)
+
+    def keep_journal(self, wait_s: float) -> None:
+        """Have the copy of the journal in the store brought up to date, waiting a while for it."""
+        with self._lock:
+            self._persister.keep_journal(wait_s)
 
     def close(self) -> None:
         """Let the persister end."""

@@ -9,8 +9,10 @@ It listens on an abstract socket, whose name is free again the moment it ends, h
 Messages are JSON, one a packet:
 
     {"do": "open", "url", "run", "guardian", ...}      -> {"is": "opened", "generation"}
-    {"do": "attach"} with the slots' descriptor        -> {"is": "attached", "busy": [slots]}
+    {"do": "attach", "journal": name} with the descriptors of the slots and of the journal
+                                                       -> {"is": "attached", "busy": [slots]}
     {"do": "publish", "slot", "sequence", "names"}     -> {"is": "committed" | "failed" | "fenced"}
+    {"do": "keep"} the journal                         -> {"is": "kept"}
     {"do": "bye"}
 """
 
@@ -28,6 +30,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from trm_dist.checkpoint.archive import plain
+from trm_dist.checkpoint.journal import Journal
 from trm_dist.checkpoint.memory import Slots, remove_if_unlocked
 from trm_dist.checkpoint.runs import Run, claim, read_run
 from trm_dist.checkpoint.store import Store, open_store
@@ -77,6 +80,9 @@ class Persister:
         self._writer: Writer | None = None
         self._slots: Slots | None = None
         self._published = 0
+        self._journals: list[Journal] = []
+        """Of this trainer, the last; and of those before it that are not kept yet."""
+        self._is_keeping = False
         self._jobs: list[Job] = []
         self._running: Job | None = None
         self._wake = asyncio.Event()
@@ -121,12 +127,13 @@ class Persister:
 
     def _receive(self, client: socket.socket) -> None:
         try:
-            message, descriptors, *_ = socket.recv_fds(client, MAX_MESSAGE_BYTES, 1)
+            message, descriptors, *_ = socket.recv_fds(client, MAX_MESSAGE_BYTES, 2)
         except OSError:
             message, descriptors = b"", []
         if not message:
             self._hang_up()
             self._publish_what_is_left()
+            self._keep_soon()
             self._end_if_done()
             return
         content = json.loads(message)
@@ -134,15 +141,18 @@ class Persister:
             case "open":
                 self._opening = asyncio.create_task(self._open(**content))
             case "attach":
-                self._attach(Slots(descriptors[0]))
+                self._attach(Slots(descriptors[0]), Journal(content["journal"], descriptors[1]))
             case "publish":
                 assert self._writer is not None, "opened"
                 assert self._slots is not None, "attached"
                 self._jobs.append(Job(self._writer, self._slots, **content))
                 self._wake.set()
+            case "keep":
+                self._keep_soon()
             case "bye":
                 self._hang_up()
                 self._forget_guardian()
+                self._keep_soon()
                 self._end_if_done()
 
     async def _open(  # noqa: PLR0913 the fields of a message
@@ -176,8 +186,9 @@ class Persister:
         self._watch(guardian)
         self._tell({"is": "opened", "run": asdict(claimed)})
 
-    def _attach(self, slots: Slots) -> None:
+    def _attach(self, slots: Slots, journal: Journal) -> None:
         """Publish from these slots from now on; they may be those of the trainer before."""
+        self._journals.append(journal)
         old = self._slots
         if old is not None and os.path.sameopenfile(old.descriptor, slots.descriptor):
             os.close(slots.descriptor)
@@ -225,7 +236,7 @@ class Persister:
         return self._client is None and self._guardian is None and not self._jobs
 
     def _end_if_done(self) -> None:
-        if self._is_done():
+        if self._is_done() and not self._is_keeping:
             self._ended.set()
 
     def _publish_what_is_left(self) -> None:
@@ -252,13 +263,17 @@ class Persister:
         while True:
             self._wake.clear()
             if not self._jobs:
-                await self._wake.wait()
+                if self._is_keeping:
+                    await self._keep_now()
+                else:
+                    await self._wake.wait()
                 continue
             job = next((each for each in self._jobs if each.is_urgent), self._jobs[0])
             self._running = job
             try:
                 await self._publish(job)
                 num_failures = 0
+                await self._keep_journals(job.writer.store)
                 continue
             except FencedError as error:
                 is_left = self._opened_by is not self._client or job.writer is not self._writer
@@ -297,6 +312,34 @@ class Persister:
         if self._is_done() and is_there:
             remove_if_unlocked(job.slots)
         self._end_if_done()
+
+    # -- journals ----------------------------------------------------------------------------------
+
+    def _keep_soon(self) -> None:
+        """Keep the journals when no checkpoint waits."""
+        if self._writer is not None and self._journals:
+            self._is_keeping = True
+            self._wake.set()
+        else:
+            self._tell({"is": "kept"})
+
+    async def _keep_now(self) -> None:
+        if self._writer is not None:
+            await self._keep_journals(self._writer.store)
+        self._is_keeping = False
+        self._tell({"is": "kept"})
+        self._end_if_done()
+
+    async def _keep_journals(self, store: Store) -> None:
+        """Bring the copies up to date; those that a store refuses wait for the next time."""
+        for journal in list(self._journals):
+            try:
+                await asyncio.to_thread(journal.keep, store)
+            except OSError:
+                return
+            if journal is not self._journals[-1]:  # nobody writes there any more
+                self._journals.remove(journal)
+                journal.close()
 
 
 def _is_newest(store: Store, run: Run) -> bool:

@@ -47,11 +47,11 @@ class RemoteStore:
             raise ConfigError(f"{url} names no place. Write {url.partition(':')[0]}://BUCKET/PATH.")
         self.identity = str(self._files.unstrip_protocol(self._path))
 
-    def entries(self) -> list[Entry]:
+    def entries(self, folder: str = "") -> list[Entry]:
         """List the directory."""
         try:
-            with self._errors(""):
-                found = self._files.ls(self._path, detail=True)
+            with self._errors(folder) as path:
+                found = self._files.ls(path if folder else self._path, detail=True)
         except FileNotFoundError:
             return []
         return [

@@ -116,13 +116,14 @@ class S3Store:
         # The server is part of it where it is not Amazon's.
         self.identity = f"s3://{'/'.join(location)}@{self._requests.endpoint}".rstrip("@")
 
-    def entries(self) -> list[Entry]:
+    def entries(self, folder: str = "") -> list[Entry]:
         """List the folder, anew each time."""
+        start = f"{folder}/" if folder else ""
         return [
             Entry(name, each["Size"], each["LastModified"].timestamp())
-            for page in self._pages("list_objects_v2", Delimiter="/")
+            for page in self._pages("list_objects_v2", start, Delimiter="/")
             for each in page.get("Contents", [])
-            if (name := self._name(each["Key"]))
+            if (name := self._name(each["Key"]).removeprefix(start))
         ]
 
     def read(self, name: str, start: int = 0, num_bytes: int | None = None) -> bytes:
@@ -225,8 +226,8 @@ class S3Store:
     def _name(self, key: str) -> str:
         return key.removeprefix(self._prefix)
 
-    def _pages(self, operation: str, **arguments: Any) -> Iterator[Answer]:
-        arguments["Prefix"] = self._prefix
+    def _pages(self, operation: str, start: str = "", **arguments: Any) -> Iterator[Answer]:
+        arguments["Prefix"] = self._prefix + start
         while True:
             page = self._requests.send(operation, **arguments)
             yield page

@@ -38,7 +38,7 @@ def unguarded() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file at the top level of a store."""
+    """A file in a store."""
 
     name: str
     size_bytes: int
@@ -55,8 +55,11 @@ class Store(Protocol):
     identity: str
     """Location, the same however it is spelled."""
 
-    def entries(self) -> list[Entry]:
-        """List the top level. A store that does not exist yet is empty; one that fails raises."""
+    def entries(self, folder: str = "") -> list[Entry]:
+        """List the top level or a folder, by names within it.
+
+        A store that does not exist yet is empty; one that fails raises.
+        """
         ...
 
     def read(self, name: str, start: int = 0, num_bytes: int | None = None) -> bytes:
@@ -128,10 +131,11 @@ class LocalStore:
         self.url = path
         self.identity = os.path.realpath(path)
 
-    def entries(self) -> list[Entry]:
+    def entries(self, folder: str = "") -> list[Entry]:
         """List the files of the directory."""
         found = []
-        with suppress(FileNotFoundError), os.scandir(self.url) as listing:
+        path = os.path.join(self.url, folder) if folder else self.url
+        with suppress(FileNotFoundError), os.scandir(path) as listing:
             for each in listing:
                 with suppress(FileNotFoundError):  # removed by hand while we look
                     if each.is_file():

@@ -36,8 +36,7 @@ class Writer:
     """The one writer of a store, for as long as its generation is the newest."""
 
     def __init__(self, store: Store, run: Run, *, keep_last: int = 0, keep_every: int = 0) -> None:
-        self.run = run
-        self._store = store
+        self.run, self.store = run, store
         self._guard = guard_of(store, run)
         self._keep_last, self._keep_every = keep_last, keep_every
         self._known_good: set[tuple[str, str]] = set()
@@ -51,9 +50,7 @@ class Writer:
         """
         started_s = time.monotonic()
         pieces, summary = encode(held.header, held.body)
-        names = publish(
-            self._store, pieces, own_names=own_names, summary=summary, guard=self._guard
-        )
+        names = publish(self.store, pieces, own_names=own_names, summary=summary, guard=self._guard)
         seconds = time.monotonic() - started_s
         digits = bytes(pieces[-1][-32:]).decode()
         self._known_good |= {(name, digits) for name in names}
@@ -67,10 +64,10 @@ class Writer:
             return
         try:
             for name in prunable(
-                self._store, self.run, keep_last=self._keep_last, keep_every=self._keep_every,
+                self.store, self.run, keep_last=self._keep_last, keep_every=self._keep_every,
                 known_good=self._known_good,
             ):  # fmt: skip
-                self._store.delete(name)
+                self.store.delete(name)
         except OSError as error:
             logger.warning("old checkpoints could not be removed: %s", error)
 

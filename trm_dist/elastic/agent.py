@@ -10,8 +10,14 @@ import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 
+from trm_dist.elastic.process import started_at
+
 LAUNCH = "TRM_DIST_LAUNCH"
 """Variable that names the `trm_dist launch` a worker belongs to."""
+LAUNCHED_AT = "TRM_DIST_LAUNCHED_AT"
+"""Variable that says when that was started; seconds since the epoch."""
+CAUSE = "TRM_DIST_CAUSE"
+"""Variable that says why the workers before have ended, as far as this node knows."""
 RESTARTS = "TRM_DIST_RESTARTS"
 """Variable that says how often it has started the worker before."""
 PULSE = "TRM_DIST_PULSE"
@@ -44,6 +50,13 @@ def is_under_launch(environment: Mapping[str, str]) -> bool:
 def guardian(environment: Mapping[str, str]) -> int:
     """Return the process that may start workers again: this one's parent, or itself without any."""
     return os.getppid() if is_under_agent(environment) else os.getpid()
+
+
+def launched_at(environment: Mapping[str, str]) -> float:
+    """Return when whoever starts the workers was started; seconds since the epoch."""
+    if LAUNCHED_AT in environment:
+        return float(environment[LAUNCHED_AT])
+    return started_at(guardian(environment))
 
 
 def is_restart(environment: Mapping[str, str]) -> bool:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trm_dist.elastic.agent import LAUNCH
+from trm_dist.elastic.process import start_mark
 
 JOIN_TIMEOUT_S = 300.0
 PATIENCE_S = 1800.0
@@ -200,9 +201,4 @@ def launch_id(environment: Mapping[str, str]) -> str:
     if run_id and run_id != "none":
         return run_id
     parent = os.getppid() if run_id else os.getpid()
-    try:
-        with open(f"/proc/{parent}/stat", encoding="utf-8") as file:
-            start_time = file.read().rsplit(")", 1)[1].split()[19]
-    except OSError:
-        start_time = "0"
-    return f"{parent}-{start_time}"
+    return f"{parent}-{start_mark(parent)}"

@@ -21,9 +21,10 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
-from trm_dist.elastic.agent import LAUNCH, RESTARTS
+from trm_dist.elastic.agent import LAUNCH, LAUNCHED_AT, RESTARTS
 from trm_dist.elastic.notice import watch
 from trm_dist.elastic.preemption import exit_code
+from trm_dist.elastic.process import ended_by, is_stopped, started_at
 from trm_dist.elastic.pulse import new_pulse
 from trm_dist.elastic.restarts import Budget, pause_s
 from trm_dist.errors import (
@@ -151,8 +152,8 @@ class Supervisor:
     async def _count_failure(self, event: dict[str, Any]) -> int | None:
         """Hear of the first failure in a group of workers; the others are its consequences."""
         self._has_failed = True
-        self._cause = f"worker {event['rank']}: {event['error'] or _ended_by(event['code'])}"
-        stopped = [each["rank"] for pid, each in self._living.items() if _is_stopped(pid)]
+        self._cause = f"worker {event['rank']}: {event['error'] or ended_by(event['code'])}"
+        stopped = [each["rank"] for pid, each in self._living.items() if is_stopped(pid)]
         if stopped:
             self._cause += f"; stopped by a signal: worker {', '.join(map(str, stopped))}"
         self._budget.fail(max(each.batch_count for each in self._pulse.signs()))
@@ -174,11 +175,11 @@ class Supervisor:
         if event["pid"] not in self._living:
             return None
         worker, code = self._living[event["pid"]], None
+        limit_s = self._pulse.signs()[worker["local_rank"]].limit_s
+        error = f"no sign of life for {limit_s:.0f} s (--hang-timeout)"
         if not self._has_failed:
-            limit_s = self._pulse.signs()[worker["local_rank"]].limit_s
-            error = f"no sign of life for {limit_s:.0f} s (--hang-timeout)"
             code = await self._count_failure(worker | {"error": error})
-        self._send({"do": "kill", "pid": event["pid"]})
+        self._send({"do": "kill", "pid": event["pid"], "rank": worker["rank"], "error": error})
         return code
 
     async def _replace_agent(self, event: dict[str, Any]) -> int | None:
@@ -187,7 +188,7 @@ class Supervisor:
         if event["code"] in {0, EXIT_USAGE, EXIT_GAVE_UP}:  # as the run has ended elsewhere
             return int(event["code"])
         if event["code"] < 0:
-            logger.warning("the agent was %s; joining again", _ended_by(event["code"]))
+            logger.warning("the agent was %s; joining again", ended_by(event["code"]))
         self._agent_failures = 0 if self._state == "training" else self._agent_failures + 1
         self._after_a_pause(self._join)
         return None
@@ -320,7 +321,10 @@ class Supervisor:
         stub = os.path.join(os.path.dirname(__file__), "stub.py")
         command = [sys.executable, "-I", "-S", stub, self._address]
         return {
-            "environment": {LAUNCH: self._job.launch_id},
+            "environment": {
+                LAUNCH: self._job.launch_id,
+                LAUNCHED_AT: str(started_at(os.getpid())),
+            },
             **asdict(replace(self._job.member, command=command)),
         }
 
@@ -355,21 +359,6 @@ class Supervisor:
             "workers": len(self._living),
             "failures_without_progress": self._budget.failures,
         }
-
-
-def _ended_by(code: int) -> str:
-    if code < 0:
-        with suppress(ValueError):
-            return f"killed by {signal.Signals(-code).name}"
-    return f"ended with exit code {code}"
-
-
-def _is_stopped(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-            return file.read().rsplit(")", 1)[1].split()[0] in {"T", "t"}
-    except OSError:
-        return False
 
 
 def supervise(job: Job) -> int:

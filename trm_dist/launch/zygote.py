@@ -23,12 +23,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from trm_dist.elastic.agent import ERROR_FILE, PULSE, RESTARTS
-from trm_dist.errors import EXIT_CRASHED
+from trm_dist.elastic.agent import CAUSE, ERROR_FILE, PULSE, RESTARTS
+from trm_dist.elastic.process import ended_by
+from trm_dist.errors import EXIT_CRASHED, EXIT_LOST
 
 MAX_MESSAGE_BYTES = 1 << 20
 
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+_MOST_CAUSE_CHARACTERS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,9 @@ class Zygote:
         self._first_start = int(os.environ.get(RESTARTS, "0"))
         """Not 0 when another zygote has started workers before."""
         self._is_stopping = False
+        self._cause = ""
+        """Why workers have ended since the newest ones were started: what came first."""
+        self._cause_before = ""
 
     def run(self) -> NoReturn:
         """Serve until the supervisor is gone."""
@@ -116,6 +121,7 @@ class Zygote:
                 if self._agent_pid:
                     os.kill(self._agent_pid, content["signal"])
             case "kill":
+                self._blame(f"worker {content['rank']}", content["error"])
                 self._kill(content["pid"])
 
     # -- stubs and workers -------------------------------------------------------------------------
@@ -156,6 +162,9 @@ class Zygote:
         environment[PULSE] = str(self._pulse)
         starts = self._starts.get(local_rank, self._first_start)
         environment[RESTARTS] = str(starts)
+        if not self._workers:  # the first of them
+            self._cause_before, self._cause = self._cause, ""
+        environment[CAUSE] = self._cause_before
         self._starts[local_rank] = starts + 1
         program = replace(self._worker, name=f"{self._worker.name} {local_rank}")
         pid = self._start(program, [], environment, descriptors)
@@ -230,6 +239,8 @@ class Zygote:
                 code = os.waitstatus_to_exitcode(status)
                 if pid == self._agent_pid:
                     self._agent_pid = 0
+                    if code < 0:
+                        self._blame("the agent", ended_by(code))
                     for each in self._workers:
                         self._kill(each)
                     self._tell({"is": "left", "code": code})
@@ -237,10 +248,22 @@ class Zygote:
                     with suppress(OSError):  # it is gone as well
                         worker.stub.send(str(code).encode())
                     self._forget(worker.stub)
-                    self._tell({
-                        "is": "ended", "pid": pid, "rank": worker.rank, "code": code,
-                        "was_killed": worker.was_killed, "error": _read_error(worker.error_file),
-                    })  # fmt: skip
+                    self._tell(self._ended(pid, worker, code))
+
+    def _blame(self, who: str, error: str) -> None:
+        """Remember a failure, unless it follows from another one."""
+        text = f"{who}: {error}"[:_MOST_CAUSE_CHARACTERS].replace("\0", " ")
+        self._cause = self._cause or text
+
+    def _ended(self, pid: int, worker: _Worker, code: int) -> dict[str, Any]:
+        """Describe the end of a worker; the first that was not a consequence is the cause."""
+        error = _read_error(worker.error_file)
+        if code and code != EXIT_LOST and not worker.was_killed:
+            self._blame(f"worker {worker.rank}", error or ended_by(code))
+        return {
+            "is": "ended", "pid": pid, "rank": worker.rank, "code": code,
+            "was_killed": worker.was_killed, "error": error,
+        }  # fmt: skip
 
 
 def can_fork() -> bool:
