@@ -103,6 +103,7 @@ def _dispatch(arguments: list[str], defaults: Config, is_speaker: bool) -> int:
         "prune": lambda rest: _look("prune", rest, is_speaker),
         "predict": lambda rest: _predict(rest, is_speaker),
         "export": lambda rest: _export(rest, is_speaker),
+        "report": lambda rest: _report(rest, is_speaker),
     }
     if arguments and arguments[0] in _INTERNAL:
         return _INTERNAL[arguments[0]](arguments[1:], defaults)
@@ -187,6 +188,12 @@ def _export(arguments: list[str], is_speaker: bool) -> int:
     from trm_dist.export import ExportArguments, export
 
     return export(_parse("export", ExportArguments, arguments, is_speaker))
+
+
+def _report(arguments: list[str], is_speaker: bool) -> int:
+    from trm_dist.report import ReportArguments, report
+
+    return report(_parse("report", ReportArguments, arguments, is_speaker))
 
 
 def _check(config: Config, given: frozenset[str]) -> int:

@@ -58,7 +58,7 @@ from trm_dist.errors import (
 from trm_dist.events import Emit, Stopped
 from trm_dist.logs import tell
 from trm_dist.observe.console import console, only_trouble
-from trm_dist.observe.ledger import Ledger, Spent
+from trm_dist.observe.ledger import Ledger, Spent, steady_clock
 from trm_dist.observe.metrics import Metrics, both
 from trm_dist.plan import Plan, check_space, make_plan, preload_data
 from trm_dist.share import share_plan
@@ -169,6 +169,7 @@ def _open_ledger(environment: Mapping[str, str]) -> tuple[Journal, Ledger]:
         started_at=started,
         launched_at=launched_at(environment),
         cause=environment.get(CAUSE, ""),
+        clock=steady_clock(),
     )
     return journal, ledger
 

@@ -88,12 +88,18 @@ Spend = Callable[[Spent], None]
 """Tells what time is spent on from now on."""
 
 
+def steady_clock() -> Callable[[], float]:
+    """Return a clock that tells seconds since the epoch and is never set while it runs."""
+    ahead_s = time.time() - time.monotonic()
+    return lambda: ahead_s + time.monotonic()
+
+
 class Ledger:
     """The ledger of one start; a listener of events too."""
 
     def __init__(
         self, descriptor: int, *, started_at: float, launched_at: float, cause: str,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float],
     ) -> None:  # fmt: skip
         """Begin.
 
@@ -102,11 +108,9 @@ class Ledger:
             started_at: When this process was started; seconds since the epoch.
             launched_at: When whoever has started it was; counts if this is its first start.
             cause: Why the start before it has ended, as far as is known.
-            clock: Seconds since the epoch.
+            clock: Seconds since the epoch; see `steady_clock`.
         """
-        # Steps of the system's clock in mid-run must not make time.
-        ahead = clock() - time.monotonic()
-        self._now = (lambda: ahead + time.monotonic()) if clock is time.time else clock
+        self._now = clock
         self._lock = threading.Lock()
         self._descriptor = descriptor
         self._offset = self._width = 0
@@ -148,11 +152,14 @@ class Ledger:
     def __call__(self, event: Event) -> None:
         """Write down what matters of an event."""
         with self._lock:
-            take = _TAKE.get(type(event))
-            if take and not self._is_ended:
-                self._pass_time()
+            if self._is_ended:
+                return
+            self._pass_time()
+            if take := _TAKE.get(type(event)):
                 take(self, event)
-                self._write_span()
+            if name := _COUNTED.get(type(event)):
+                self._line.count(name)
+            self._write_span()
 
     def stop(self, reason: str) -> None:
         """Say why this start ends; from now on it saves, whatever else is still at work in it."""
@@ -250,13 +257,15 @@ class Ledger:
         self._width = 0
 
 
+_COUNTED: dict[type[Event], str] = {
+    events.CommitFailed: "commit_failures",
+    events.Skipped: "skipped",
+    events.Diverged: "diverged",
+}
 _TAKE: dict[type[Event], Callable[..., None]] = {
     events.Started: Ledger._start,
     events.Batch: Ledger._batch,
     events.Evaluated: Ledger._evaluate,
     events.Committed: Ledger._commit,
-    events.CommitFailed: lambda ledger, _: ledger._line.count("commit_failures"),
-    events.Skipped: lambda ledger, _: ledger._line.count("skipped"),
-    events.Diverged: lambda ledger, _: ledger._line.count("diverged"),
     events.Finished: Ledger._finish,
 }
