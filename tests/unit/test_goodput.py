@@ -8,71 +8,11 @@ from typing import Any
 
 import pytest
 
+from tests.lives import RUN, Life
 from trm_dist import events
-from trm_dist.observe.goodput import Account, Start, account, parse
-from trm_dist.observe.ledger import FINISHED, SPANS, Ledger, Spent
+from trm_dist.observe.goodput import Account, account, parse
+from trm_dist.observe.ledger import FINISHED, SPANS, Spent
 from trm_dist.progress import Progress
-
-RUN = {"run_id": "r", "branch": 1, "generation": 1, "created_at": 100.0}
-
-
-class Clock:
-    def __init__(self, at: float) -> None:
-        self.at = at
-
-    def __call__(self) -> float:
-        return self.at
-
-
-class Life:
-    """One start of a writer, second by second."""
-
-    def __init__(
-        self, started_at: float, launched_at: float | None = None, cause: str = ""
-    ) -> None:
-        self.clock = Clock(started_at)
-        self.descriptor = os.memfd_create("ledger")
-        self.ledger = Ledger(
-            self.descriptor, started_at=started_at,
-            launched_at=started_at if launched_at is None else launched_at,
-            cause=cause, clock=self.clock,
-        )  # fmt: skip
-        self.ledger.belong(RUN)
-
-    def spend(self, spent: Spent, seconds: float) -> None:
-        self.ledger.spend(spent)
-        self.clock.at += seconds
-        self.ledger.spend(spent)
-
-    def train_from(self, batch_count: int, world_size: int = 1) -> None:
-        self.batch_count = batch_count
-        self.ledger(
-            events.Started(
-                progress=Progress(batch_count=batch_count), source="", world_size=world_size,
-                settings={}, num_parameters=1, num_samples=1, notes={}, batches_per_epoch=10,
-                total_batches=10,
-            )
-        )  # fmt: skip
-
-    def batch(self, seconds: float, loss: float = 1.0, num_samples: int = 4) -> None:
-        self.spend(Spent.PRODUCTIVE, seconds)
-        self.ledger.spend(Spent.SAVE_STALL)
-        self.batch_count += 1
-        self.ledger(
-            events.Batch(
-                progress=Progress(batch_count=self.batch_count), loss=loss, token_accuracy=0.5,
-                exact_accuracy=0.25, mean_steps=1.0, lr=0.1, num_samples=num_samples,
-                seconds=seconds,
-            )
-        )  # fmt: skip
-
-    def read(self) -> bytes:
-        return os.pread(self.descriptor, 1 << 20, 0)
-
-    def start(self) -> Start:
-        found = parse(self.read())
-        assert found is not None
-        return found
 
 
 def one_life() -> Life:
@@ -283,12 +223,7 @@ def test_lines_get_longer_as_the_run_gets_older() -> None:
 
 def test_finished_start_says_so_with_its_digest() -> None:
     life = one_life()
-    life.ledger(
-        events.Finished(
-            progress=Progress(), digest="d", seconds=1, samples_per_s=1, peak_memory_bytes=1
-        )
-    )
-    life.ledger.end()
+    life.finish("d")
     life.spend(Spent.PRODUCTIVE, 5)
 
     found = life.start()
