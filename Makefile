@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train test test-unit test-elastic test-s3 soak bench-checkpoints bench-reduction bench-recovery lint type layers check
+.PHONY: setup train demo test test-unit test-elastic test-s3 soak bench-checkpoints bench-reduction bench-recovery lint type layers check
 
 setup: $(READY)
 
@@ -21,6 +21,10 @@ train: $(READY)
 	    --checkpoint-dir checkpoints --checkpoint-interval 50 --eval-interval 50 \
 	    --dim 64 --expansion 2 --h-cycles 2 --l-cycles 2 --n-sup 3 \
 	    --batch-size 128 --shards 2 --epochs 1 --lr 5e-3 --warmup-steps 50
+
+# A run undisturbed, the same run under chaos, both digests, a report and a picture (5 minutes).
+demo: $(READY)
+	$(BIN)/python -m tests.demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -m 'not soak'

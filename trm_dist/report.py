@@ -30,6 +30,7 @@ _STOPS = {
     "SIGUSR1": "was told to stop (SIGUSR1)",
 }
 _LOST = "another worker was lost"
+_RESTARTED = "was stopped by torchrun: another worker had failed, or nodes came or went"
 _KILLED = "was killed and could leave no word: SIGKILL, out of memory, or its node is gone"
 _SILENT_S = 300.0
 """A run that has not ended and shows no sign of life for so long has stopped."""
@@ -118,11 +119,18 @@ class Story:
         start = self.starts[index]
         has_next = index + 1 < len(self.starts)
         cause = self.starts[index + 1].cause if has_next else ""
+        if start.reason in _STOPS and has_next and _is_same_launch(start, self.starts[index + 1]):
+            return cause or _RESTARTED
         if start.reason and start.reason != _LOST:
             return _STOPS.get(start.reason, start.reason)
         if cause or start.reason:
             return cause or start.reason
         return _KILLED if has_next or self.state == "silent" else ""
+
+
+def _is_same_launch(start: Start, later: Start) -> bool:
+    """Tell whether two starts have the same launcher; its start is known to a hundredth."""
+    return start.host == later.host and abs(start.launched_at - later.launched_at) < 0.5
 
 
 def report(arguments: ReportArguments) -> int:

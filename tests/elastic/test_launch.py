@@ -179,6 +179,17 @@ def test_worker_that_fails_again_and_again_ends_the_run_with_the_cause(directory
     assert len(run.events("started")) == 2
 
 
+def test_worker_that_fails_again_and_again_ends_torchrun(directory: Path) -> None:
+    flags = {"--max-no-progress": "2"}
+    with training(directory, workers=1, max_restarts=20, base=SLOW_BASE, flags=flags) as run:
+        for start in (1, 2):
+            run.wait_for_start(start)
+            kill(run.worker(0), signal.SIGSEGV)
+        assert run.end() == 1, run.messages()
+    assert len(run.events("started")) == 2
+    assert "failed 2 times in a row after batch 0" in run.errors.read_text()
+
+
 @pytest.mark.parametrize("launch", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_failures_count_over_launches_and_preemptions_do_not(directory: Path, launch: int) -> None:
     def start(signum: int, *, flags: dict[str, str]) -> tuple[int, str]:

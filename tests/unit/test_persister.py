@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from trm_dist.checkpoint.journal import Journal, read_journals
 from trm_dist.checkpoint.manager import Snapshots
 from trm_dist.checkpoint.memory import Slots, SnapshotDir
 from trm_dist.checkpoint.names import LATEST, epoch_name
-from trm_dist.checkpoint.runs import RECORD, Run, claim, new_writer, read_run
+from trm_dist.checkpoint.runs import RECORD, Run, claim, excuse, new_writer, read_run
 from trm_dist.checkpoint.snapshot import Flat
 from trm_dist.checkpoint.store import HIDDEN, LocalStore
 from trm_dist.errors import FencedError
@@ -605,3 +606,34 @@ def test_journal_outlives_its_persister(node: Node) -> None:
     node.wait_for("committed")
 
     eventually(lambda: kept(node) == [b"one"])
+
+
+# -- counting --------------------------------------------------------------------------------------
+
+
+def test_starts_in_the_same_place_count_as_failures_also_when_it_is_adopted(node: Node) -> None:
+    at_seven = replace(RUN, starts_at=7)
+    counts = []
+    for run in (RUN, at_seven, at_seven, at_seven, replace(RUN, starts_at=8)):
+        node.client._disconnect()
+        counts.append(node.open(run).failures)
+
+    assert counts == [1, 0, 1, 2, 0]
+    assert node.run.generation == 1
+    eventually(lambda: read_run(node.store) == node.run)
+
+
+def test_trainer_that_plans_twice_counts_once(node: Node) -> None:
+    node.client._disconnect()
+    node.open()
+
+    assert node.client._open().failures == node.run.failures == 1
+
+
+def test_start_that_was_stopped_counts_as_a_preemption(node: Node) -> None:
+    excuse(node.store, node.run)
+    node.client._disconnect()
+
+    found = node.open()
+
+    assert (found.failures, found.preemptions) == (0, 1)

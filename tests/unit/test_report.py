@@ -160,6 +160,21 @@ def test_killed_start_without_a_word_says_so(tmp_path: Path) -> None:
     assert replace(story, told_at=112.0).ending(1) == ""
 
 
+def test_stop_after_which_the_same_torchrun_has_gone_on_was_its_own(tmp_path: Path) -> None:
+    for started_at, batch_count in ((100.0, 0), (110.0, 1)):
+        life = Life(started_at, launched_at=95.0)
+        life.train_from(batch_count)
+        life.batch(1)
+        life.ledger.stop("SIGTERM")
+        life.leave_in(tmp_path)
+    (tmp_path / LATEST).write_bytes(make_bytes(1))
+
+    story = tell_story(str(tmp_path), is_verifying=False)
+
+    assert "another worker had failed" in story.ending(0)
+    assert story.ending(1) == "was told to stop (SIGTERM)"
+
+
 def test_loss_of_lost_work_is_not_part_of_the_curve(tmp_path: Path) -> None:
     first, second = Life(100.0), Life(120.0)
     first.train_from(0)

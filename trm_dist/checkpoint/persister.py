@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 from trm_dist.checkpoint.archive import plain
 from trm_dist.checkpoint.journal import Journal
 from trm_dist.checkpoint.memory import Slots, remove_if_unlocked
-from trm_dist.checkpoint.runs import Run, claim, read_run
+from trm_dist.checkpoint.runs import Run, claim, read_run, record_again
 from trm_dist.checkpoint.store import Store, open_store
 from trm_dist.checkpoint.writer import Writer
 from trm_dist.errors import FencedError
@@ -77,6 +77,7 @@ class Persister:
         self._guardian: int | None = None
         self._deadline_s = 0.0
         self._opening: asyncio.Task[None] | None = None  # the loop itself keeps no task alive
+        self._recording: asyncio.Task[None] | None = None
         self._writer: Writer | None = None
         self._slots: Slots | None = None
         self._published = 0
@@ -167,13 +168,20 @@ class Persister:
             store = await asyncio.to_thread(open_store, url)
             if claimed and not claimed.is_that_of(run):
                 claimed = None
-            if claimed is None or not await asyncio.to_thread(_is_newest, store, claimed):
+            if claimed is not None:
+                claimed = await asyncio.to_thread(_as_recorded, store, claimed)
+            if claimed is None:
                 self._jobs.clear()  # of a run that nobody wants any more
                 async with self._storing:
                     claimed = await asyncio.to_thread(
                         claim, store, Run(**run), writer, is_mending=is_mending
                     )
                     await asyncio.to_thread(store.remove_leftovers)
+            elif (
+                client is not self._opened_by
+            ):  # recorded for the next writer, as soon as it can be
+                claimed = claimed.again(int(run["starts_at"]))
+                self._recording = asyncio.create_task(_record(store, claimed))
             self._writer = Writer(store, claimed, keep_last=keep_last, keep_every=keep_every)
             self._opened_by = client
         except Exception as error:  # noqa: BLE001 whatever it is, the client must hear of it
@@ -342,16 +350,24 @@ class Persister:
                 journal.close()
 
 
-def _is_newest(store: Store, run: Run) -> bool:
-    """Tell whether the record names our claim; a store that is away says so when it is back.
+async def _record(store: Store, run: Run) -> None:
+    with suppress(OSError):
+        await asyncio.to_thread(record_again, store, run)
+
+
+def _as_recorded(store: Store, run: Run) -> Run | None:
+    """Return our claim as it is recorded; None: somebody else's is, or none.
+
+    A store that is away says so when it is back.
 
     A record that was removed by hand is written anew by the next claim, as other nodes look for it.
     """
     try:
         found = read_run(store)
     except OSError:
-        return True
-    return found is not None and (found.generation, found.writer) == (run.generation, run.writer)
+        return run
+    is_ours = found is not None and (found.generation, found.writer) == (run.generation, run.writer)
+    return found if is_ours else None
 
 
 def main(address: str) -> NoReturn:

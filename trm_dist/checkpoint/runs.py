@@ -111,6 +111,11 @@ class Run:
             preemptions=found.preemptions + found.was_preempted,
         )
 
+    def again(self, starts_at: int) -> Self:
+        """Return this run as its writer starts anew, after so many batches."""
+        started = replace(self, starts_at=starts_at).after(self)
+        return replace(started, generation=self.generation, writer=self.writer)
+
 
 def read_run(store: Store) -> Run | None:
     """Read the record; None when it is missing or cannot be read."""
@@ -149,6 +154,18 @@ def claim(store: Store, run: Run, writer: str, *, is_mending: bool = False) -> R
         if store.put_if(RECORD, _record_of(claimed), current):
             return claimed
     raise OSError(f"{store.url}/{RECORD} is changed by others all the time")
+
+
+def record_again(store: Store, run: Run) -> None:
+    """Record a run anew whose writer this is; somebody else's record stays.
+
+    Raises:
+        OSError: The store cannot be written.
+    """
+    current = _read_record(store)
+    found = _parse(current)
+    if found and found.writer == run.writer:
+        store.put_if(RECORD, _record_of(run), current)
 
 
 def excuse(store: Store, run: Run) -> None:
