@@ -190,7 +190,7 @@ class LogConfig:
     """What is told, and how."""
 
     log_format: Literal["text", "json"] = "text"
-    """text: lines for people; json: every event as one object a line."""
+    """text: a bar on a terminal and lines elsewhere; json: every event as one object a line."""
     log_every_s: float = 5.0
     """Seconds between progress lines of --log-format text."""
     metrics_port: int = 0

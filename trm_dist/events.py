@@ -37,6 +37,8 @@ class Started(Event):
     """What was done to the data: records truncated, dropped, skipped."""
     batches_per_epoch: int
     total_batches: int
+    restarts: int = 0
+    """How often the launcher of this node has started the workers before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

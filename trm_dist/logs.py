@@ -7,14 +7,20 @@ from contextlib import suppress
 
 def configure(*, rank: int, world_size: int) -> None:
     """Send log records to stderr: the first worker from INFO on, the others from WARNING on."""
+    fresh = _fresh_line()
     place = f"[rank {rank}/{world_size}] " if world_size > 1 and rank else ""
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(asctime)s %(levelname)s {place}%(message)s",
+        format=f"{fresh}%(asctime)s %(levelname)s {place}%(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
         force=True,
     )
+
+
+def _fresh_line() -> str:
+    """Return what clears the line of a terminal, where a bar of another process may be."""
+    return "\r\x1b[K" if sys.stderr.isatty() else ""
 
 
 def tell(message: str) -> None:
@@ -24,7 +30,7 @@ def tell(message: str) -> None:
     """
     if message:
         with suppress(OSError):
-            sys.stderr.write(f"trm_dist: {message}\n")
+            sys.stderr.write(f"{_fresh_line()}trm_dist: {message}\n")
             sys.stderr.flush()
 
 

@@ -406,6 +406,7 @@ class Trainer:
                 notes=dict(plan.dataset.notes),
                 batches_per_epoch=plan.batches_per_epoch,
                 total_batches=plan.total_batches,
+                restarts=world.restarts,
             )
         )
         if world.size > self._config.data.shards and world.is_writer:

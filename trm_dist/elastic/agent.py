@@ -59,10 +59,15 @@ def launched_at(environment: Mapping[str, str]) -> float:
     return started_at(guardian(environment))
 
 
+def num_restarts(environment: Mapping[str, str]) -> int:
+    """Return how often the workers were started before, as their launcher counts."""
+    counts = (environment.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", RESTARTS))
+    return max(map(int, counts))
+
+
 def is_restart(environment: Mapping[str, str]) -> bool:
     """Tell whether the workers were started before."""
-    counts = (environment.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", RESTARTS))
-    return any(int(count) > 0 for count in counts)
+    return num_restarts(environment) > 0
 
 
 def will_restart(environment: Mapping[str, str]) -> bool:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from trm_dist.elastic.agent import LAUNCH
+from trm_dist.elastic.agent import LAUNCH, num_restarts
 from trm_dist.elastic.process import start_mark
 
 JOIN_TIMEOUT_S = 300.0
@@ -35,10 +35,12 @@ class World:
     size: int = 1
     local_rank: int = 0
     num_nodes: int = 1
+    restarts: int = 0
+    """How often the launcher of this node has started the workers before."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Self:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE."""
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, and the count of restarts."""
         size = int(environment.get("WORLD_SIZE", "1"))
         local_size = int(environment.get("LOCAL_WORLD_SIZE", size))
         return cls(
@@ -46,6 +48,7 @@ class World:
             size=size,
             local_rank=int(environment.get("LOCAL_RANK", "0")),
             num_nodes=-(-size // local_size),
+            restarts=num_restarts(environment),
         )
 
     @property

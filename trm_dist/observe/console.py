@@ -1,7 +1,9 @@
-"""Events as lines: short ones for people, now and then; or every event as a JSON object."""
+"""Events as lines: a bar on a terminal, short lines elsewhere, or every event as a JSON object."""
 
 import json
 import logging
+import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -9,13 +11,26 @@ from contextlib import suppress
 from trm_dist import events
 from trm_dist.events import Emit, Event
 from trm_dist.logs import say
+from trm_dist.observe.rate import Rate, duration
 
 logger = logging.getLogger(__name__)
 
 
 def console(log_format: str, *, log_every_s: float) -> Emit:
-    """Return the listener for one of the two forms."""
-    return print_json if log_format == "json" else TextLines(log_every_s)
+    """Return the listener for one of the two forms; text is a bar where stderr is a terminal."""
+    if log_format == "json":
+        return print_json
+    if not sys.stderr.isatty():
+        return TextLines(log_every_s)
+    from trm_dist.observe.bar import Bar
+
+    bar, lines = Bar(), TextLines(math.inf)
+
+    def show(event: Event) -> None:
+        bar(event)
+        lines(event)
+
+    return show
 
 
 def only_trouble(event: Event) -> None:
@@ -34,13 +49,13 @@ def print_json(event: Event) -> None:
 
 
 class TextLines:
-    """Logs events; batches only every so often."""
+    """Logs events; batches only every so often, and none where that is infinite."""
 
     def __init__(self, log_every_s: float) -> None:
         self._log_every_s = log_every_s
         self._last_batch_s = 0.0
         self._total_batches = 0
-        self._rate = _Rate()
+        self._rate = Rate()
 
     def __call__(self, event: Event) -> None:
         """Log one event, or keep it for the next line."""
@@ -60,28 +75,13 @@ class TextLines:
 
     def _batch(self, event: events.Batch) -> str:
         at = event.progress
-        rate = self._rate.samples_per_s()
-        left = (self._total_batches - at.batch_count) * event.num_samples / rate if rate else 0.0
+        left_s = self._rate.left_s((self._total_batches - at.batch_count) * event.num_samples)
         return (
             f"epoch {at.epoch} batch {at.batch_count}/{self._total_batches} "
             f"loss {event.loss:.4f} token {event.token_accuracy:.3f} "
             f"exact {event.exact_accuracy:.3f} steps {event.mean_steps:.1f} "
-            f"{rate:.3g} samples/s, {_duration(left)} left"
+            f"{self._rate.samples_per_s():.3g} samples/s, {duration(left_s)} left"
         )
-
-
-class _Rate:
-    """Samples per second over the latest batches, smoothed."""
-
-    def __init__(self) -> None:
-        self._samples = self._seconds = 0.0
-
-    def add(self, num_samples: int, seconds: float) -> None:
-        self._samples = 0.95 * self._samples + num_samples
-        self._seconds = 0.95 * self._seconds + seconds
-
-    def samples_per_s(self) -> float:
-        return self._samples / self._seconds if self._seconds else 0.0
 
 
 def _started(event: events.Started) -> str:
@@ -148,15 +148,9 @@ def _stopped(event: events.Stopped) -> str:
 def _finished(event: events.Finished) -> str:
     return (
         f"finished: {event.progress.batch_count} batches, {event.progress.global_step} optimizer "
-        f"steps, {_duration(event.seconds)} in this start, {event.samples_per_s:.3g} samples/s, "
+        f"steps, {duration(event.seconds)} in this start, {event.samples_per_s:.3g} samples/s, "
         f"peak memory {event.peak_memory_bytes / 2**20:.0f} MiB a worker, digest {event.digest}"
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 _WARNINGS = (events.CommitFailed, events.Skipped, events.Diverged)
