@@ -195,6 +195,8 @@ class LogConfig:
     """Seconds between progress lines of --log-format text."""
     metrics_port: int = 0
     """Port on which the writer answers GET /metrics of Prometheus; 0: none."""
+    tensorboard: bool = False
+    """Write event files for TensorBoard beside the checkpoints, in .trm_dist/tensorboard."""
 
     def __post_init__(self) -> None:
         _require(self, "log_every_s", _is_size, "must not be negative")

@@ -30,6 +30,7 @@ from trm_dist.checkpoint.names import FINAL
 from trm_dist.checkpoint.replay import LossLog
 from trm_dist.checkpoint.state import FORMAT_VERSION, digest, sealed
 from trm_dist.checkpoint.store import open_store, split_url
+from trm_dist.checkpoint.tfevents import CURVES
 from trm_dist.elastic.pulse import Pulse
 from trm_dist.elastic.reduction import ShardReduction
 from trm_dist.elastic.world import Group
@@ -41,6 +42,7 @@ from trm_dist.model.ema import Ema
 from trm_dist.model.optim import Optimizer
 from trm_dist.model.supervision import SCORES, Supervision
 from trm_dist.model.trm import Trm, num_parameters
+from trm_dist.observe.curves import Curves
 from trm_dist.observe.ledger import Spend, Spent
 from trm_dist.plan import Plan, environment
 from trm_dist.progress import COUNTERS, Progress
@@ -102,6 +104,7 @@ class Trainer:
         )
         self._feed = Feed(plan.dataset, config.data)
         self._ema = Ema(module, config.train.ema)
+        self._curves = Curves() if config.log.tensorboard else None
         self._progress = Progress()
         self._evaluated_at = -1
         if plan.start.state is not None:
@@ -149,18 +152,20 @@ class Trainer:
             keeper.capture(self.state())
         if manager and self._plan.start.is_unnamed:  # killed between its capture and its publish
             manager.save_if_due()
+        if self._curves and not self._curves.has_evaluation(first.batch_count):
+            self._evaluate_if_due()  # killed in the middle of it
         while not self._is_finished():
             batch = self._train_batch()
             self._compare(batch)
+            if self._curves:
+                self._curves.add(batch)
             self._spend(Spent.SAVE_STALL)
             is_kept = self._keep(batch.seconds)
             self._pulse.beat(self._progress.batch_count)
             self._emit(batch)  # with a snapshot after each, a batch that was told of is in one
             if manager and is_kept:
                 manager.save_if_due()
-            interval = self._config.train.eval_interval
-            if interval and self._progress.batch_count % interval == 0:
-                self._evaluate()
+            self._evaluate_if_due()
         self._finish(first, time.monotonic() - started_s)
 
     def _compare(self, batch: events.Batch) -> None:
@@ -261,6 +266,11 @@ class Trainer:
 
     # -- evaluation --------------------------------------------------------------------------------
 
+    def _evaluate_if_due(self) -> None:
+        interval, count = self._config.train.eval_interval, self._progress.batch_count
+        if interval and count and count % interval == 0:
+            self._evaluate()
+
     def _evaluate(self) -> None:
         """Evaluate the averaged weights, once at each boundary."""
         dataset = self._plan.eval_dataset
@@ -276,7 +286,12 @@ class Trainer:
         self._spend(Spent.SAVE_STALL)
         self._evaluated_at = self._progress.batch_count
         seconds = time.monotonic() - started_s
-        self._emit(events.Evaluated(progress=self._progress, seconds=seconds, **asdict(found)))
+        told = events.Evaluated(progress=self._progress, seconds=seconds, **asdict(found))
+        if self._curves:
+            self._curves.add(told)
+            if self._keeper:
+                self._keeper.capture(self.state())  # the point is in a snapshot when it is told
+        self._emit(told)
 
     def _show_evaluation(self) -> None:
         self._pulse.beat()
@@ -310,13 +325,15 @@ class Trainer:
                 "environment": environment(config),
             },
             "format_version": FORMAT_VERSION,
-        }  # fmt: skip
+        } | ({CURVES: self._curves.state_dict()} if self._curves else {})  # fmt: skip
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._task.module.load_state_dict(state["model_state_dict"])
         self._optimizer.load_state_dict(state["optimizer_state_dict"])
         self._ema.load_state_dict(state["ema_state_dict"])
         self._progress = Progress(**{name: state[name] for name in COUNTERS})
+        if self._curves and CURVES in state and self._plan.start.run.is_that_of(state["run"]):
+            self._curves.load_state_dict(state[CURVES])
 
     def _finish(self, first: Progress, seconds: float) -> None:
         if self._has_final():

@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.curves import assert_each_batch_is_one_point, points_of
 from tests.elastic.harness import (
     SMALL,
     Undisturbed,
@@ -35,15 +37,23 @@ def place(tmp_path: Path) -> Path:
     return tmp_path / "x"
 
 
+def points_in(server: Server, url: str, place: Path) -> dict[str, list[Any]]:
+    """The points of the event files that lie beside the checkpoints."""
+    server.download(f"{url}/.trm_dist/tensorboard", place)
+    (train,) = place.glob("*/train")
+    return points_of(train)
+
+
 def committed(url: str) -> int:
     summary = read_summary(open_store(url), LATEST)
     return int(summary["batch_count"]) if summary else 0
 
 
 def test_run_in_s3_that_is_killed_and_killed_ends_with_the_same_bits(
-    place: Path, url: str, undisturbed: Undisturbed, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = {"--checkpoint-dir": url}
+    place: Path, url: str, server: Server, undisturbed: Undisturbed,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    flags = {"--checkpoint-dir": url, "--tensorboard": ""}
     with training(place, workers=2, max_restarts=5, flags=flags) as first:
         for number, victim in enumerate((0, 1)):
             first.wait_for_start(number + 1)
@@ -58,6 +68,8 @@ def test_run_in_s3_that_is_killed_and_killed_ends_with_the_same_bits(
         assert last.events("started")[0]["source"].startswith(url)
         assert told_twice(first) == []
         assert_same_bits([first, last], undisturbed)
+        told = first.events("batch") + last.events("batch")
+    assert_each_batch_is_one_point(points_in(server, url, place), told)
     assert main(["verify", url]) == 0
     capsys.readouterr()
     assert main(["ls", url, "--json"]) == 0
@@ -72,7 +84,7 @@ def test_run_in_s3_that_is_killed_and_killed_ends_with_the_same_bits(
 def test_server_that_dies_and_comes_back_costs_time_and_nothing_else(
     place: Path, url: str, server: Server, undisturbed: Undisturbed
 ) -> None:
-    flags = {"--checkpoint-dir": url, "--checkpoint-interval": "2"}
+    flags = {"--checkpoint-dir": url, "--checkpoint-interval": "2", "--tensorboard": ""}
     with training(place, workers=2, flags=flags) as run:
         run.wait_for_batches(5)
         server.kill()
@@ -82,8 +94,10 @@ def test_server_that_dies_and_comes_back_costs_time_and_nothing_else(
         assert run.end() == 0, run.messages()
         assert len(run.events("started")) == 1
         assert_same_bits([run], undisturbed)
+        told = run.events("batch")
     assert main(["verify", url]) == 0
     assert len(open_store(url).entries()) == 42
+    assert_each_batch_is_one_point(points_in(server, url, place), told)
 
 
 def test_restart_while_the_server_is_away_waits_for_it(

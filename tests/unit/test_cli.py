@@ -64,6 +64,7 @@ FLAGS = [
     "snapshot_slots",
     "spot",
     "store_deadline",
+    "tensorboard",
     "threads",
     "warmup_steps",
     "weight_decay",

@@ -161,6 +161,7 @@ class LocalStore:
     ) -> None:
         """Write aside, flush, rename, flush the directory."""
         with self._temporary() as temporary:
+            os.makedirs(os.path.dirname(self._path(name)), exist_ok=True)
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
             try:
                 for piece in pieces:

@@ -16,6 +16,7 @@ from trm_dist.checkpoint.publish import publish
 from trm_dist.checkpoint.retention import Kept, to_delete
 from trm_dist.checkpoint.runs import Run, guard_of
 from trm_dist.checkpoint.store import Store
+from trm_dist.checkpoint.tfevents import EventFiles
 from trm_dist.progress import COUNTERS
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Writer:
         self._guard = guard_of(store, run)
         self._keep_last, self._keep_every = keep_last, keep_every
         self._known_good: set[tuple[str, str]] = set()
+        self._event_files = EventFiles(store, run, self._guard)
 
     def commit(self, held: Held, own_names: Sequence[str]) -> Commit:
         """Publish a snapshot; one attempt.
@@ -49,6 +51,7 @@ class Writer:
             FencedError: Another writer has taken over.
         """
         started_s = time.monotonic()
+        self._event_files.write(held.header, held.body)
         pieces, summary = encode(held.header, held.body)
         names = publish(self.store, pieces, own_names=own_names, summary=summary, guard=self._guard)
         seconds = time.monotonic() - started_s
