@@ -39,6 +39,12 @@ class Started(Event):
     total_batches: int
     restarts: int = 0
     """How often the launcher of this node has started the workers before."""
+    generation: int = 0
+    """Number of the writer in the run's record."""
+    failures: int = 0
+    """Starts in a row that had failed without a new batch when the writer was recorded."""
+    preemptions: int = 0
+    """The same of starts that were stopped from outside."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +58,8 @@ class Batch(Event):
     lr: float
     num_samples: int
     seconds: float
+    has_snapshot: bool = True
+    """Whether the state after it was copied into memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -162,7 +162,8 @@ class Trainer:
             self._spend(Spent.SAVE_STALL)
             is_kept = self._keep(batch.seconds)
             self._pulse.beat(self._progress.batch_count)
-            self._emit(batch)  # with a snapshot after each, a batch that was told of is in one
+            # With a snapshot after each, a batch that was told of is in one.
+            self._emit(replace(batch, has_snapshot=is_kept))
             if manager and is_kept:
                 manager.save_if_due()
             self._evaluate_if_due()
@@ -424,6 +425,9 @@ class Trainer:
                 batches_per_epoch=plan.batches_per_epoch,
                 total_batches=plan.total_batches,
                 restarts=world.restarts,
+                generation=plan.start.run.generation,
+                failures=plan.start.run.failures,
+                preemptions=plan.start.run.preemptions,
             )
         )
         if world.size > self._config.data.shards and world.is_writer:

@@ -121,15 +121,15 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
     world = World.from_environment(os.environ)
     plan = persister = None
     saving = _Saving(only_trouble)
+    pulse = Pulse.of_worker(os.environ, world.local_rank, config.train.hang_timeout)
     if world.is_writer:
         saving.journal, saving.ledger = _open_ledger(os.environ)
         plan, persister = _plan_and_claim(config, given)
         saving.ledger.belong(plan.start.run.summary())
         saving.ledger.move(plan.restore_s, Spent.STARTUP, Spent.RESTORE)
-        saving.emit = both(_listeners(plan.config.log), saving.ledger)
+        saving.emit = both(_listeners(plan.config.log, pulse), saving.ledger)
     else:
         preload_data(config)  # while the writer plans
-    pulse = Pulse.of_worker(os.environ, world.local_rank, config.train.hang_timeout)
     pulse.beat()
     saving.spend(Spent.RENDEZVOUS)
     group = form_group(world, os.environ, config.train.hang_timeout or PATIENCE_S)
@@ -182,13 +182,13 @@ def _end_ledger(saving: _Saving) -> None:
         saving.manager.keep_journal(_KEEP_S)
 
 
-def _listeners(config: LogConfig) -> Emit:
+def _listeners(config: LogConfig, pulse: Pulse) -> Emit:
     """Return who hears the events of the run."""
     lines = console(config.log_format, log_every_s=config.log_every_s)
     if not config.metrics_port:
         return lines
     metrics = Metrics()
-    metrics.serve(config.metrics_port)
+    metrics.serve(config.metrics_port, pulse.health)
     return both(lines, metrics)
 
 

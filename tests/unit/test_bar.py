@@ -15,6 +15,7 @@ AT = Progress(epoch=2, batch_idx=3, batch_count=13, global_step=26, samples_seen
 STARTED = events.Started(
     progress=AT, source="memory", world_size=4, settings={}, num_parameters=1, num_samples=100,
     notes={}, batches_per_epoch=10, total_batches=80, restarts=3,
+    generation=5, failures=1, preemptions=2,
 )  # fmt: skip
 BATCH = events.Batch(
     progress=replace(AT, batch_count=14), loss=0.25, token_accuracy=0.7, exact_accuracy=0.125,
@@ -34,8 +35,11 @@ class Terminal:
     far: int
 
     def shown(self) -> list[str]:
-        """The lines so far."""
-        return os.read(self.near, 1 << 16).decode().replace("\n", "\r").strip("\r").split("\r")
+        """All that was drawn until the end of a line."""
+        text = ""
+        while "\n" not in text:
+            text += os.read(self.near, 1 << 16).decode()
+        return text.replace("\n", "\r").strip("\r").split("\r")
 
 
 @pytest.fixture(params=[140, 80])

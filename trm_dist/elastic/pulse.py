@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from trm_dist.elastic.agent import PULSE, record_error
 from trm_dist.errors import EXIT_CRASHED, HungError
@@ -29,6 +29,8 @@ LEAST_LIMIT_S = 120.0
 """The least limit that is found out: a whole machine may stand still while it is moved."""
 _TIMES_LONGEST = 20
 _BACKSTOP_S = 5.0
+_TIMES_LIMIT = 2
+"""Who is silent for so many times its limit was not ended by its watchdog either."""
 
 _SLOT = struct.Struct("<ddq")
 
@@ -99,6 +101,16 @@ class Pulse:
     def signs(self) -> list[Sign]:
         """Return the newest sign of each worker."""
         return [Sign(*values) for values in _SLOT.iter_unpack(self._buffer[:])]
+
+    def health(self) -> tuple[bool, dict[str, Any]]:
+        """Tell whether no worker of the node has hung, and what there is to say."""
+        now = time.monotonic()
+        signs = [each for each in self.signs() if each.at_s]
+        is_hung = any(now - each.at_s > _TIMES_LIMIT * each.limit_s for each in signs)
+        return not is_hung, {
+            "batch_count": max((each.batch_count for each in signs), default=0),
+            "seconds_since_sign_of_life": round(max((now - s.at_s for s in signs), default=0), 3),
+        }
 
 
 def new_pulse(num_workers: int) -> tuple[int, Pulse]:

@@ -349,13 +349,10 @@ class Supervisor:
 
     def _health(self) -> tuple[bool, dict[str, Any]]:
         """Tell how it goes; who waits for others or is about to leave is well."""
-        signs = [each for each in self._pulse.signs() if each.at_s]
-        now = time.monotonic()
-        is_hung = any(now - each.at_s > 2 * each.limit_s for each in signs)
-        return self._state != "training" or not is_hung, {
+        is_alive, signs = self._pulse.health()
+        return self._state != "training" or is_alive, {
             "state": self._state,
-            "batch_count": max((each.batch_count for each in signs), default=0),
-            "seconds_since_sign_of_life": round(max((now - s.at_s for s in signs), default=0), 3),
+            **signs,
             "workers": len(self._living),
             "failures_without_progress": self._budget.failures,
         }

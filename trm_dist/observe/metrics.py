@@ -1,14 +1,17 @@
-"""The run as Prometheus sees it: GET /metrics on the writer.
+"""The run as Prometheus sees it: GET /metrics on the writer; beside it /healthz, for a probe.
 
 What counts over the whole run (batches, samples, optimizer steps) is read from the run's own
 counters, so a restart does not set it back. What counts events is of this start, as Prometheus
 expects of a process.
 """
 
+import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 from trm_dist import events
 from trm_dist.errors import ConfigError
@@ -16,6 +19,9 @@ from trm_dist.events import Emit, Event
 from trm_dist.progress import Progress
 
 logger = logging.getLogger(__name__)
+
+Health = Callable[[], tuple[bool, dict[str, Any]]]
+"""Returns whether all is well, and what there is to say."""
 
 _BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
@@ -45,17 +51,26 @@ class Metrics:
             name: Histogram(f"trm_{name}", text, buckets=_BUCKETS_S, **known)
             for name, text in _SECONDS.items()
         }
-        self._committed_s: float | None = None
-        self._gauges["checkpoint_age_seconds"].set_function(self._age_s)
+        self._at_s = dict.fromkeys(_AGES, time.time())
+        self._set(start_time_seconds=time.time())
+        for name in _AGES:
+            self._gauges[f"{name}_age_seconds"].set_function(partial(self._age_s, name))
 
-    def serve(self, port: int) -> None:
-        """Answer on a port; one that is taken is told, and training goes on without."""
-        from prometheus_client import start_http_server
+    def serve(self, port: int, health: Health) -> None:
+        """Answer on a port; one that is taken is told, and training goes on without.
+
+        Args:
+            port: Of all addresses.
+            health: Asked for each GET /healthz.
+        """
+        from prometheus_client import make_wsgi_app, start_http_server
 
         try:
-            start_http_server(port, registry=self.registry)
+            server, _ = start_http_server(port, registry=self.registry)
         except OSError as error:
             logger.warning("--metrics-port %d: no metrics, as it cannot be used (%s)", port, error)
+            return
+        server.set_app(_with_health(make_wsgi_app(self.registry), health))
 
     def __call__(self, event: Event) -> None:
         """Take over what an event says."""
@@ -73,15 +88,19 @@ class Metrics:
         ):
             self._gauges[name].set(value)
 
-    def _age_s(self) -> float:
-        return time.time() - self._committed_s if self._committed_s else float("nan")
+    def _age_s(self, name: str) -> float:
+        return time.time() - self._at_s[name]
 
     def _start(self, event: events.Started) -> None:
         self._set(
             world_size=event.world_size,
             batches=event.total_batches,
             parameters=event.num_parameters,
+            generation=event.generation,
+            failures=event.failures,
+            preemptions=event.preemptions,
         )
+        self._counters["restarts"].inc(event.restarts)
 
     def _batch(self, event: events.Batch) -> None:
         self._set(
@@ -90,6 +109,9 @@ class Metrics:
             exact_accuracy=event.exact_accuracy,
             learning_rate=event.lr,
         )
+        self._at_s["batch"] = time.time()
+        if event.has_snapshot:
+            self._at_s["snapshot"] = time.time()
         self._counters["samples"].inc(event.num_samples)
         self._seconds["batch_seconds"].observe(event.seconds)
 
@@ -101,7 +123,7 @@ class Metrics:
         self._seconds["evaluation_seconds"].observe(event.seconds)
 
     def _commit(self, event: events.Committed) -> None:
-        self._committed_s = time.time()
+        self._at_s["checkpoint"] = time.time()
         self._set(checkpoint_bytes=event.num_bytes)
         self._counters["checkpoint_wait_seconds"].inc(event.waited_s)
         self._seconds["checkpoint_seconds"].observe(event.seconds)
@@ -130,6 +152,21 @@ def both(first: Emit, second: Emit) -> Emit:
     return emit
 
 
+def _with_health(metrics: WSGIApplication, health: Health) -> WSGIApplication:
+    """Return an application that answers /healthz itself: 200 when all is well, else 503."""
+
+    def answer(environment: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        if environment["PATH_INFO"] != "/healthz":
+            return metrics(environment, start_response)
+        is_well, content = health()
+        status = "200 OK" if is_well else "503 Service Unavailable"
+        start_response(status, [("Content-Type", "application/json")])
+        return [json.dumps(content).encode() + b"\n"]
+
+    return answer
+
+
+_AGES = ("batch", "snapshot", "checkpoint")
 _GAUGES = {
     "epoch": "Epoch of the newest batch, from 1.",
     "batch_count": "Batches completed in the run.",
@@ -145,9 +182,16 @@ _GAUGES = {
     "evaluation_token_accuracy": "Share of right tokens in the newest evaluation.",
     "evaluation_exact_accuracy": "Share of samples that are right as a whole, newest evaluation.",
     "checkpoint_bytes": "Size of the newest checkpoint.",
-    "checkpoint_age_seconds": "Since the newest commit of this start; NaN: none yet.",
+    "start_time_seconds": "When this start began, since the epoch.",
+    "batch_age_seconds": "Since the newest batch, or since this start.",
+    "snapshot_age_seconds": "Since the newest copy into memory, or since this start.",
+    "checkpoint_age_seconds": "Since the newest commit, or since this start.",
+    "generation": "Number of the writer in the run's record.",
+    "failures": "Starts in a row that had failed without a new batch when the writer began.",
+    "preemptions": "Starts in a row that were stopped from outside without a new batch.",
 }
 _COUNTERS = {
+    "restarts": "How often the launcher of the writer's node has started the workers again.",
     "samples": "Samples trained on in this start.",
     "checkpoint_failures": "Publishes that the store refused in this start.",
     "checkpoint_wait_seconds": "Time for which training has waited for publishes in this start.",
