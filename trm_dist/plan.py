@@ -24,6 +24,7 @@ from trm_dist.data.dataset import Dataset, open_dataset, preload
 from trm_dist.errors import ConfigError, DataError, ResumeError
 from trm_dist.model.optim import VARIANTS
 from trm_dist.model.trm import Shape, Trm, num_parameters
+from trm_dist.observe import curves
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,7 @@ def estimate(plan: Plan) -> dict[str, int]:
         module = Trm(plan.shape, seed=0)
     count = num_parameters(module)
     checkpoint = (2 + _OPTIMIZER_SHARE) * count * 4
+    checkpoint += curves.NUM_BYTES if plan.config.log.tensorboard else 0
     own_names = plan.total_batches // plan.config.checkpoint.checkpoint_interval
     if plan.config.checkpoint.keep_last:
         own_names = min(own_names, plan.config.checkpoint.keep_last + 1)

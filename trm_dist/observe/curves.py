@@ -22,6 +22,9 @@ NUM_EVALUATIONS = 256
 _TRAIN = ("loss", "token_accuracy", "exact_accuracy", "mean_steps", "lr", "seconds")
 _EVALUATION = ("token_accuracy", "exact_accuracy", "mean_steps", "seconds")
 
+NUM_BYTES = 8 * (NUM_BATCHES * (2 + len(_TRAIN)) + NUM_EVALUATIONS * (2 + len(_EVALUATION)))
+"""What a snapshot grows by."""
+
 
 class Series:
     """A table of points: batch count (0: none), seconds since the epoch, a value for each tag."""
@@ -30,18 +33,24 @@ class Series:
         self._tags = [f"{name}/{each}" for each in fields]
         self._fields = fields
         self._points = torch.zeros(capacity, 2 + len(fields), dtype=torch.float64)
+        self._counts: dict[int, int] = {}
+        """Where each batch count stands, the oldest first."""
 
     def add(self, event: events.Event, at_s: float) -> None:
         """Take the point of a batch count, unless it is there; the oldest makes room."""
         batch_count = event.progress.batch_count
-        if not self.has(batch_count):
-            values = [float(getattr(event, each)) for each in self._fields]
-            row = torch.tensor([batch_count, at_s, *values], dtype=torch.float64)
-            self._points[self._points[:, 0].argmin()] = row
+        if self.has(batch_count):
+            return
+        place = len(self._counts)
+        if place == len(self._points):
+            place = self._counts.pop(next(iter(self._counts)))
+        values = [float(getattr(event, each)) for each in self._fields]
+        self._points[place] = torch.tensor([batch_count, at_s, *values], dtype=torch.float64)
+        self._counts[batch_count] = place
 
     def has(self, batch_count: int) -> bool:
         """Tell whether there is a point of a batch count."""
-        return bool((self._points[:, 0] == batch_count).any())
+        return batch_count in self._counts
 
     def state_dict(self) -> dict[str, Any]:
         """Return tags and points; the points change with the next one."""
@@ -52,6 +61,8 @@ class Series:
         points: Tensor = state["points"]
         if state["tags"] == self._tags and points.shape == self._points.shape:
             self._points.copy_(points)
+            found = sorted((int(each), place) for place, each in enumerate(points[:, 0].tolist()))
+            self._counts = {count: place for count, place in found if count}
 
 
 class Curves:
