@@ -19,6 +19,7 @@ from trm_dist.events import Event
 from trm_dist.observe.rate import Rate, duration
 
 _REDRAW_S = 0.25
+_USUAL = 80
 _WIDE = 120
 """Columns from which on words are spelled out."""
 
@@ -119,7 +120,9 @@ class _Line(tqdm):  # type: ignore[type-arg]
     def format_dict(self) -> dict[str, Any]:
         """What the bar's form is filled with."""
         known = dict(super().format_dict)
-        return known | self._own_values(int(self.n), self.epoch, known["ncols"] or _WIDE)
+        if (known["ncols"] or 0) < 1:  # a terminal that does not know its size
+            known["ncols"] = _USUAL
+        return known | self._own_values(int(self.n), self.epoch, known["ncols"])
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Draw, and take the cursor back."""
