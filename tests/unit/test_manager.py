@@ -374,6 +374,15 @@ def test_save_newest_gives_what_was_left_unnamed_its_name() -> None:
     assert set(writer.store.files) == {LATEST, epoch_name(1, 5)}
 
 
+def test_state_before_the_first_batch_has_no_name_of_its_own() -> None:
+    writer = Training(MemoryStore(), inherited=Inherited(has_name=False), checkpoint_interval=5)
+    writer.manager.capture(make_state(0))
+
+    assert writer.manager.save_newest(1.0)
+
+    assert set(writer.store.files) == {LATEST}
+
+
 def test_stop_saves_while_the_training_thread_waits_for_the_store() -> None:
     writer = Training(MemoryStore(), checkpoint_interval=1)
     writer.persister.is_hung = True

@@ -244,7 +244,8 @@ class CheckpointManager:
         """Return the name of its own that the captured state gets, if the interval says so."""
         at = self._captured
         assert at is not None, "capture comes first"
-        is_due = at.batch_count % self._config.checkpoint_interval == 0
+        # What stands before the first batch has no name: it is a fresh start.
+        is_due = at.batch_count and at.batch_count % self._config.checkpoint_interval == 0
         return [epoch_name(at.epoch, at.batch_idx)] if is_due else []
 
     def _ask(self, names: list[str], *, urgent: bool = False) -> None:
