@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 
-def points_of(directory: Path) -> dict[str, list[Any]]:
+def points_of(directory: Path | str) -> dict[str, list[Any]]:
     """All scalars of a run of TensorBoard by tag, in the order of reading; none is left out."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -100,15 +100,6 @@ class Server:
             config=config,
         )
 
-    def download(self, url: str, directory: Path) -> None:
-        """Copy a folder of the bucket, as `aws s3 sync` does."""
-        client, folder = self.client(), url.removeprefix(f"s3://{BUCKET}/")
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=folder)
-        for each in (entry for page in pages for entry in page.get("Contents", [])):
-            path = directory / each["Key"].removeprefix(f"{folder}/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(client.get_object(Bucket=BUCKET, Key=each["Key"])["Body"].read())
-
     def _wait_until_ready(self) -> None:
         client = self.client()
         deadline = time.monotonic() + 60

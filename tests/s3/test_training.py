@@ -27,7 +27,9 @@ from tests.s3.proxy import Proxy
 from tests.s3.server import Server
 from trm_dist.checkpoint.catalog import read_summary
 from trm_dist.checkpoint.names import LATEST
+from trm_dist.checkpoint.runs import read_run
 from trm_dist.checkpoint.store import open_store
+from trm_dist.checkpoint.tfevents import EventFiles
 from trm_dist.cli import main
 
 
@@ -37,11 +39,12 @@ def place(tmp_path: Path) -> Path:
     return tmp_path / "x"
 
 
-def points_in(server: Server, url: str, place: Path) -> dict[str, list[Any]]:
-    """The points of the event files that lie beside the checkpoints."""
-    server.download(f"{url}/.trm_dist/tensorboard", place)
-    (train,) = place.glob("*/train")
-    return points_of(train)
+def points_in(url: str) -> dict[str, list[Any]]:
+    """The points of the event files that lie beside the checkpoints, read where they lie."""
+    store = open_store(url)
+    run = read_run(store)
+    assert run is not None
+    return points_of(f"{url}/{EventFiles(store, run).folder}/train")
 
 
 def committed(url: str) -> int:
@@ -50,9 +53,8 @@ def committed(url: str) -> int:
 
 
 def test_run_in_s3_that_is_killed_and_killed_ends_with_the_same_bits(
-    place: Path, url: str, server: Server, undisturbed: Undisturbed,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    place: Path, url: str, undisturbed: Undisturbed, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = {"--checkpoint-dir": url, "--tensorboard": ""}
     with training(place, workers=2, max_restarts=5, flags=flags) as first:
         for number, victim in enumerate((0, 1)):
@@ -69,7 +71,7 @@ def test_run_in_s3_that_is_killed_and_killed_ends_with_the_same_bits(
         assert told_twice(first) == []
         assert_same_bits([first, last], undisturbed)
         told = first.events("batch") + last.events("batch")
-    assert_each_batch_is_one_point(points_in(server, url, place), told)
+    assert_each_batch_is_one_point(points_in(url), told)
     assert main(["verify", url]) == 0
     capsys.readouterr()
     assert main(["ls", url, "--json"]) == 0
@@ -97,7 +99,7 @@ def test_server_that_dies_and_comes_back_costs_time_and_nothing_else(
         told = run.events("batch")
     assert main(["verify", url]) == 0
     assert len(open_store(url).entries()) == 42
-    assert_each_batch_is_one_point(points_in(server, url, place), told)
+    assert_each_batch_is_one_point(points_in(url), told)
 
 
 def test_restart_while_the_server_is_away_waits_for_it(
