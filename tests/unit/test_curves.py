@@ -160,6 +160,13 @@ def test_store_that_is_away_loses_the_oldest_points_only_when_it_is_away_for_lon
     training.commit()
     found = points_of(tmp_path / FOLDER / BRANCH / "train")["train/loss"]
     assert [each.step for each in found] == [*range(1, 201), *range(206, 306)]
+    resumed = Curves(num_batches=100)
+    resumed.load_state_dict(training.curves.state_dict())
+    training.curves = resumed  # the oldest still make room, once all places are taken
+    training.train(330)
+    training.commit()
+    found = points_of(tmp_path / FOLDER / BRANCH / "train")["train/loss"]
+    assert [each.step for each in found] == [*range(1, 201), *range(206, 331)]
 
 
 def test_evaluations_have_points_of_their_own(tmp_path: Path) -> None:
