@@ -1,0 +1,334 @@
+"""Samples a second of one training step, beside a peer, plain eager code, and the processor.
+
+    python -m tests.benchmarks.step [DIM ...]
+    torchrun --nproc_per_node=2 -m tests.benchmarks.step [DIM ...]
+
+A step is one supervision step of 32 rows a worker: T - 1 rounds without gradient, one with it,
+backward, clipping, AdamW, averages. Three ways are interleaved in one run:
+
+- ours: the trainer's own parts, the rows as one shard, halting and scores included;
+- plain: the same formulas as one writes them first: a LayerNorm-like norm by hand, softmax
+  cross-entropy, AdamW as it comes, a loop for the averages; no halting, no scores;
+- tiny-recursive-model: the package of that name, its network of the same depth and with matrices of
+  as many numbers (`pip install tiny-recursive-model`; it is left out where it is not installed).
+
+With more workers than one all are behind DDP. The processor's limit is what a large matrix product
+reaches in this run. Medians with their quartiles over blocks. Nothing else may compute meanwhile.
+"""
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
+
+from trm_dist.config import Config
+from trm_dist.elastic.reduction import ShardReduction
+from trm_dist.elastic.world import Group, World, form_group
+from trm_dist.model.ema import Ema
+from trm_dist.model.layers import inner_width
+from trm_dist.model.optim import Optimizer
+from trm_dist.model.supervision import Rows, Supervision
+from trm_dist.model.trm import Shape, Trm
+
+ROWS, TOKENS, DEPTH, ROUNDS, THOUGHTS, HEADS = 32, 11, 2, 3, 6, 4
+BLOCK_S, BLOCKS = 1.0, 7
+
+Step = Callable[[], None]
+
+
+def questions(positions: int) -> tuple[Tensor, Tensor]:
+    """Return rows of tokens and their answers."""
+    generator = torch.Generator().manual_seed(positions)
+    tokens = torch.randint(0, TOKENS, (ROWS, positions), generator=generator)
+    return tokens, torch.randint(0, TOKENS, (ROWS, positions), generator=generator)
+
+
+# -- ours ------------------------------------------------------------------------------------------
+
+
+def ours(net: str, dim: int, positions: int, world: World) -> Step:
+    """Return a step of the trainer's own parts."""
+    sizes: dict[str, Any] = {
+        "net": net, "dim": dim, "depth": DEPTH, "heads": HEADS, "seq_len": positions,
+        "h_cycles": ROUNDS, "l_cycles": THOUGHTS,
+    }  # fmt: skip
+    config = Config().with_values(sizes)
+    module = Trm(Shape(num_tokens=TOKENS, **asdict(config.model)), seed=0)
+    task = Supervision(module, n_sup=16, halt_explore=0.1, loss="stablemax", seed=0)
+    optimizer = Optimizer(module, lr=1e-4, warmup_steps=0, weight_decay=0.1, clip=1.0)
+    ema = Ema(module, 0.999)
+    reduction = ShardReduction(
+        module.parameters(), num_shards=world.size, rank=world.rank, world_size=world.size
+    )
+    wrapped = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped.register_comm_hook(None, reduction.hook)
+    tokens, labels = questions(positions)
+    weights = torch.full((ROWS,), 1 / (ROWS * world.size))
+    carry = task.start(Rows(torch.arange(ROWS).numpy(), tokens, labels, weights, 1))
+    count = [0]
+
+    def step() -> None:
+        objective, _, _ = task.step(wrapped, carry)
+        objective.backward()  # type: ignore[no-untyped-call]
+        reduction.finish()
+        optimizer.clip()
+        optimizer.step(count[0])
+        ema.update()
+        count[0] += 1
+
+    return step
+
+
+# -- plain -----------------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """SwiGLU of three matrices."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.gate, self.up = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.down = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def norm(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+class PlainBlock(nn.Module):
+    """A mixer over positions or attention, then a gated MLP."""
+
+    def __init__(self, net: str, dim: int, positions: int, multiple: int) -> None:
+        super().__init__()
+        self.net = net
+        sizes = {"expansion": 4.0, "multiple": multiple}
+        if net == "mlp":
+            self.mix: nn.Module = Gated(positions, inner_width(positions, **sizes))
+        else:
+            self.query, self.key, self.value, self.mix = (
+                nn.Linear(dim, dim, bias=False) for _ in range(4)
+            )
+            angles = torch.arange(positions)[:, None] * 10_000.0 ** -(
+                torch.arange(0, dim // HEADS, 2) / (dim // HEADS)
+            )
+            self.register_buffer("angles", torch.cat([angles, angles], -1))
+        self.width = Gated(dim, inner_width(dim, **sizes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.net == "mlp":
+            x = norm(x.mT + self.mix(x.mT)).mT
+        else:
+            split = [
+                each(x).unflatten(-1, (HEADS, -1)).transpose(1, 2)
+                for each in (self.query, self.key, self.value)
+            ]
+            query, key = (self.turn(each) for each in split[:2])
+            found = F.scaled_dot_product_attention(query, key, split[2])
+            x = norm(x + self.mix(found.transpose(1, 2).flatten(2)))
+        return norm(x + self.width(x))
+
+    def turn(self, x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * self.angles.cos() + torch.cat([-second, first], -1) * self.angles.sin()
+
+
+class Plain(nn.Module):
+    """TRM as one writes it first."""
+
+    def __init__(self, net: str, dim: int, positions: int) -> None:
+        super().__init__()
+        multiple = 256 if dim >= 512 else 32
+        self.embed = nn.Embedding(TOKENS, dim)
+        self.blocks = nn.ModuleList(PlainBlock(net, dim, positions, multiple) for _ in range(DEPTH))
+        self.head, self.halt = nn.Linear(dim, TOKENS, bias=False), nn.Linear(dim, 1)
+        self.register_buffer("start", torch.randn(2, dim))
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.embed(tokens) * self.embed.embedding_dim**0.5
+        y, z = self.start[0].expand_as(x), self.start[1].expand_as(x)
+        with torch.no_grad():
+            for _ in range(ROUNDS - 1):
+                y, z = self.refine(x, y, z)
+        y, z = self.refine(x, y, z)
+        return self.head(y), self.halt(y[:, 0])[:, 0]
+
+    def refine(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        for _ in range(THOUGHTS):
+            z = self.think(x + y + z)
+        return self.think(y + z), z
+
+    def think(self, h: Tensor) -> Tensor:
+        for block in self.blocks:
+            h = block(h)
+        return h
+
+
+def plain(net: str, dim: int, positions: int, world: World) -> Step:
+    """Return a step of code as one writes it first."""
+    module = Plain(net, dim, positions)
+    wrapped = DistributedDataParallel(module) if world.size > 1 else module
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, betas=(0.9, 0.95))
+    averages = {name: each.detach().clone() for name, each in module.named_parameters()}
+    tokens, labels = questions(positions)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        logits, halt = wrapped(tokens)
+        is_right = (logits.argmax(-1) == labels).all(-1).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        (loss + 0.5 * F.binary_cross_entropy_with_logits(halt, is_right)).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for name, each in module.named_parameters():
+                averages[name].mul_(0.999).add_(each, alpha=0.001)
+
+    return step
+
+
+# -- the peer --------------------------------------------------------------------------------------
+
+
+def peer(net: str, dim: int, positions: int, world: World) -> Step:
+    """Return a step of tiny-recursive-model, with the parts that its own trainer uses.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    from ema_pytorch import EMA
+    from tiny_recursive_model import MLPMixer1D, TinyRecursiveModel
+    from x_transformers import Encoder
+
+    multiple = 256 if dim >= 512 else 32
+    over_width = inner_width(dim, expansion=4.0, multiple=multiple)
+    if net == "mlp":
+        over_positions = inner_width(positions, expansion=4.0, multiple=multiple)
+        network = MLPMixer1D(  # of two matrices where ours has three
+            dim=dim, depth=DEPTH, seq_len=positions,
+            expansion_factor=1.5 * over_positions / dim,
+            expansion_factor_token=1.5 * over_width / dim,
+        )  # fmt: skip
+    else:
+        network = Encoder(
+            dim=dim, depth=DEPTH, heads=HEADS, attn_dim_head=dim // HEADS, rotary_pos_emb=True,
+            ff_glu=True, ff_swish=True, ff_no_bias=True, ff_mult=over_width / dim, use_rmsnorm=True,
+            attn_flash=True,
+        )  # fmt: skip
+    module = TinyRecursiveModel(
+        dim=dim, num_tokens=TOKENS, network=network,
+        num_refinement_blocks=ROUNDS, num_latent_refinements=THOUGHTS,
+    )  # fmt: skip
+    wrapped = DistributedDataParallel(module) if world.size > 1 else module
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=1.0)
+    ema = EMA(
+        module, beta=0.999, update_model_with_ema_every=10_000, forward_method_names=("predict",)
+    )
+    tokens, labels = questions(positions)
+
+    def step() -> None:
+        outputs, latents = module.get_initial()
+        loss, *_ = wrapped(tokens, outputs, latents, labels=labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+
+    return step
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+def matmul_flops() -> float:
+    """Return what a large matrix product reaches on this thread, in FLOP/s."""
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    best = min(_timed(lambda: a @ b, 3) for _ in range(5))
+    return float(2 * 1024**3 / best)
+
+
+def _timed(step: Callable[[], object], times: int) -> float:
+    started_s = time.perf_counter()
+    for _ in range(times):
+        step()
+    return (time.perf_counter() - started_s) / times
+
+
+def measure(ways: dict[str, Step], group: Group) -> dict[str, list[float]]:
+    """Return seconds of a step, block by block, all ways in turns."""
+    first = torch.tensor([_timed(each, 2) for each in ways.values()], dtype=torch.float64)
+    times = [max(1, int(BLOCK_S / float(each))) for each in group.sum_(first) / group.world.size]
+    took: dict[str, list[float]] = {name: [] for name in ways}
+    for block in range(BLOCKS):
+        for number in range(len(ways))[:: 1 if block % 2 else -1]:
+            name = list(ways)[number]
+            group.barrier()
+            seconds = _timed(ways[name], times[number])
+            mean = group.sum_(torch.tensor([seconds], dtype=torch.float64)) / group.world.size
+            took[name].append(float(mean))
+    return took
+
+
+def main(dims: list[int]) -> None:
+    """Measure all sizes."""
+    torch.set_num_threads(1)
+    world = World.from_environment(os.environ)
+    group = form_group(world, os.environ, 600)
+    limit = matmul_flops()
+    if world.is_writer:
+        print(
+            f"{world.size} worker(s), 1 thread each, {ROWS} rows a worker, torch "
+            f"{torch.__version__}; a matrix product reaches {limit / 1e9:.0f} GFLOP/s"
+        )
+    for dim in dims:
+        for net in ("mlp", "attn"):
+            for positions in (81, 256):
+                ways = {"ours": ours(net, dim, positions, world)}
+                ways["plain"] = plain(net, dim, positions, world)
+                with suppress(ImportError):
+                    ways["tiny-recursive-model"] = peer(net, dim, positions, world)
+                with FlopCounterMode(display=False) as counter:
+                    ways["ours"]()
+                took = measure(ways, group)
+                if world.is_writer:
+                    tell(
+                        f"{net:4} dim {dim} seq {positions}", took, counter.get_total_flops(), limit
+                    )
+    group.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def tell(what: str, took: dict[str, list[float]], flops: int, limit: float) -> None:
+    """Print a row for each way."""
+    base = took["ours"]
+    for name, seconds in took.items():
+        low, middle, high = statistics.quantiles(
+            [ours / each for ours, each in zip(base, seconds, strict=True)], n=4
+        )
+        rate = ROWS / statistics.median(seconds)
+        share = ""
+        if name == "ours":
+            share = (
+                f", {flops / statistics.median(seconds) / limit:.0%} of the matrix product's rate"
+            )
+        print(
+            f"  {what:20} {name:22} {rate:8.1f} samples/s a worker, {middle:.2f} "
+            f"({low:.2f} to {high:.2f}) of ours{share}"
+        )
+
+
+if __name__ == "__main__":
+    main([int(each) for each in sys.argv[1:]] or [128, 512])
