@@ -1,4 +1,4 @@
-"""The commands that people type: the guide's, under python and torchrun, with both spellings."""
+"""The guide's two scripts under torchrun; test_guides.py runs them as the guide does."""
 
 import json
 import sys
@@ -32,12 +32,9 @@ def finish(directory: Path, command: list[str]) -> Training:
         return run
 
 
-@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["python", "torchrun"])
-def test_guides_main_script_trains_and_resumes(
-    tmp_path: Path, records: Path, launcher: list[str]
-) -> None:
+def test_guides_main_script_trains_and_resumes(tmp_path: Path, records: Path) -> None:
     directory = tmp_path / "checkpoints"
-    script = [*launcher, str(ROOT / "launch/train_model.py"), "--dataset", str(records)]
+    script = [*TORCHRUN, str(ROOT / "launch/train_model.py"), "--dataset", str(records)]
     where = ["--checkpoint-dir", str(directory)]
     finish(directory, [*script, *where, "--checkpoint-interval", "3", "--epochs", "1", *QUICK])
     assert (directory / "checkpoint_epoch_1_batch_3.pt").is_file()
@@ -53,12 +50,9 @@ def test_guides_main_script_trains_and_resumes(
     assert torch.load(directory / "checkpoint_latest.pt")["run"]["branch"] == 2
 
 
-@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["python", "torchrun"])
-def test_guides_code_script_saves_the_final_model(
-    tmp_path: Path, records: Path, launcher: list[str]
-) -> None:
+def test_guides_code_script_saves_the_final_model(tmp_path: Path, records: Path) -> None:
     directory, model = tmp_path / "checkpoints", tmp_path / "trm_optimized.pt"
-    script = [*launcher, str(ROOT / "launch/train_code_model.py"), "--data", str(records)]
+    script = [*TORCHRUN, str(ROOT / "launch/train_code_model.py"), "--data", str(records)]
     spelled = ["--learning_rate=1e-3", "--seq_len=32", "--save", str(model), "--epochs=1"]
     sizes = ["--dim=16", "--depth=1", "--batch_size=4", "--n-sup=1"]
     finish(directory, [*script, *spelled, *sizes, "--checkpoint-dir", str(directory)])
