@@ -43,7 +43,9 @@ def test_guides_main_script_trains_and_resumes(tmp_path: Path, records: Path) ->
     latest = ["--resume", str(directory / "checkpoint_latest.pt")]
     resumed = finish(directory, [*script, *latest, *where, "--epochs", "2"])
     assert "resumed from" in resumed.messages()
-    assert torch.load(directory / "checkpoint_latest.pt")["batch_count"] == 12
+    checkpoint = torch.load(directory / "checkpoint_latest.pt")
+    assert checkpoint["batch_count"] == 12
+    assert not any(name.startswith("module.") for name in checkpoint["model_state_dict"])
 
     named = ["--resume", str(directory / "checkpoint_epoch_1_batch_3.pt")]
     finish(directory, [*script, *named, *where])

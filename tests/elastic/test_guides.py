@@ -15,6 +15,9 @@ from tests.s3.server import BUCKET, WEED, Server
 ENGLISH = ROOT / "launch/checkpoint_guide.md"
 UKRAINIAN = ROOT / "launch/checkpoint_guide.uk.md"
 
+LIMIT_S = 540
+"""For some twenty commands, each of which starts Python."""
+
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
@@ -27,6 +30,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     server.kill()
 
 
+@pytest.mark.timeout(LIMIT_S + 60)
 @pytest.mark.parametrize(
     "guide", [ENGLISH, pytest.param(UKRAINIAN, marks=pytest.mark.soak)], ids=["en", "uk"]
 )
@@ -41,7 +45,7 @@ def test_guides_commands_do_what_it_says(guide: Path, tmp_path: Path, server: Se
     }
     wanted = steps(guide)
     with started(root, ["bash", "-c", script(wanted, root)], variables) as run:
-        code = run.end()
+        code = run.process.wait(LIMIT_S)
     assert not missing(wanted, run.output.read_text())
     assert code == 0
 

@@ -7,7 +7,6 @@ import textwrap
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.elastic.harness import (
     Undisturbed,
@@ -99,14 +98,6 @@ def test_damaged_latest_is_named_and_an_older_file_is_taken(
         assert second.end() == 0, second.messages()
         assert_same_bits([first, second], undisturbed)
     assert "checkpoint_latest.pt is damaged" in second.messages()
-
-
-def test_guides_own_python_lines_print_the_three_counters(directory: Path) -> None:
-    with training(directory, flags={"--epochs": "1"}) as run:
-        assert run.end() == 0
-    checkpoint = torch.load(directory / "checkpoint_latest.pt")
-    assert (checkpoint["epoch"], checkpoint["batch_idx"], checkpoint["batch_count"]) == (1, 10, 10)
-    assert not any(name.startswith("module.") for name in checkpoint["model_state_dict"])
 
 
 @pytest.mark.parametrize("batch_idx", [0, 1_000_000])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.guides import ROOT, blocks
+from trm_dist.cli import main
 from trm_dist.config import Config
 from trm_dist.export import ExportArguments
 from trm_dist.inspection import COMMANDS
@@ -46,6 +47,17 @@ def test_flags_that_guides_name_exist(guide: str) -> None:
     assert {each.replace("_", "-") for each in named - _OF_OTHERS} <= known_flags()
 
 
+def test_commands_and_targets_that_documents_name_exist(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main(["--help"])
+    commands = set(re.findall(r"[a-z]+", capsys.readouterr().out.partition("}")[0]))
+    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    code = "\n".join(part for each in DOCUMENTS for part in code_of(each.read_text()))
+    assert set(re.findall(r"(?<!-m )\btrm_dist ([a-z]+)", code)) <= commands
+    assert set(re.findall(r"^[ `]*make ([a-z0-9-]+)", code, re.MULTILINE)) <= targets
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda each: str(each.relative_to(ROOT)))
 def test_tests_that_documents_name_exist(document: Path) -> None:
     text = document.read_text()
@@ -68,6 +80,12 @@ def links(document: Path) -> list[str]:
     text = re.sub(r"^( *)```.*?^\1```$", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
     found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src(?:set)?="([^"]+)"', text)
     return [each for each in found if not re.match("[a-z]+:", each)]
+
+
+def code_of(text: str) -> list[str]:
+    """Code spans, indented blocks and the commands of fenced ones."""
+    fenced = re.findall(r"^ *```bash\n(.*?)^ *```$", text, re.MULTILINE | re.DOTALL)
+    return fenced + re.findall(r"`[^`\n]+`|^    .*$", text, re.MULTILINE)
 
 
 def anchors(document: Path) -> set[str]:
