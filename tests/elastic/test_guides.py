@@ -46,7 +46,8 @@ def test_guides_commands_do_what_it_says(guide: Path, tmp_path: Path, server: Se
     wanted = steps(guide)
     with started(root, ["bash", "-c", script(wanted, root)], variables) as run:
         code = run.process.wait(LIMIT_S)
-    assert not missing(wanted, run.output.read_text())
+    found = missing(wanted, run.output.read_text())
+    assert not found, "\n".join(found)
     assert code == 0
 
 
