@@ -13,6 +13,7 @@ from typing import Any
 
 import fsspec
 
+from trm_dist.data.json_stream import BrokenJsonError, NoListError, elements
 from trm_dist.errors import DataError
 
 _SPELLINGS = (
@@ -37,7 +38,7 @@ class Record:
 
 
 class RecordFile:
-    """The records of a file, one after the other; files of lines are never in memory as a whole.
+    """The records of a file, one after the other; it is never in memory as a whole.
 
     Reading it to the end counts what was skipped and identifies the content.
     """
@@ -69,7 +70,7 @@ class RecordFile:
         """
         is_lines = self._url.rsplit("?", 1)[0].endswith((".jsonl", ".ndjson"))
         count = 0
-        for number, item in enumerate(self._lines() if is_lines else self._whole()):
+        for number, item in enumerate(self._lines() if is_lines else self._elements()):
             record = _record(self._url, number, item)
             count += 1
             if record.completion:
@@ -90,19 +91,25 @@ class RecordFile:
                 if line.strip():
                     yield _json(self._url, line.rstrip(b"\n"), number)
 
-    def _whole(self) -> list[Any]:
+    def _elements(self) -> Iterator[Any]:
         with opened(self._url) as file:
-            raw = _reading(self._url, file.read)
-        self._saw(raw)
-        content = _json(self._url, raw, 1)
-        if isinstance(content, dict):
-            content = content.get("data")
-        if not isinstance(content, list):
-            raise DataError(
-                f"{self._url} is JSON, but neither a list of records nor an object with a list in "
-                '"data".'
-            )
-        return content
+
+            def read(num_bytes: int) -> bytes:
+                raw: bytes = _reading(self._url, lambda: file.read(num_bytes))
+                self._saw(raw)
+                return raw
+
+            try:
+                yield from elements(read)
+            except BrokenJsonError as error:
+                raise _not_json(self._url, error, error.line, error.column) from error
+            except UnicodeDecodeError as error:
+                raise _not_text(self._url, error) from error
+            except NoListError as error:
+                raise DataError(
+                    f"{self._url} is JSON, but neither a list of records nor an object with a list "
+                    'in "data".'
+                ) from error
 
     def _saw(self, raw: bytes) -> None:
         self._hash.update(raw)
@@ -142,17 +149,24 @@ def _reading(url: str, read: Callable[[], Any]) -> Any:
         raise DataError(f"--dataset {url} cannot be read: {error}. Check the URL.") from error
 
 
-def _json(url: str, raw: bytes, first_line: int) -> Any:
+def _json(url: str, raw: bytes, line: int) -> Any:
     try:
         return json.loads(raw)
     except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise DataError(
-            f"{url}, line {line}, column {error.colno}: this is not JSON ({error.msg}). Mend the "
-            "file; files with one record a line are named .jsonl."
-        ) from error
+        raise _not_json(url, error.msg, line, error.colno) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{url}: byte {error.start} is not UTF-8 text.") from error
+        raise _not_text(url, error) from error
+
+
+def _not_json(url: str, reason: object, line: int, column: int) -> DataError:
+    return DataError(
+        f"{url}, line {line}, column {column}: this is not JSON ({reason}). Mend the file; files "
+        "with one record a line are named .jsonl."
+    )
+
+
+def _not_text(url: str, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"{url}: byte {error.start} is not UTF-8 text.")
 
 
 def _record(url: str, number: int, item: Any) -> Record:
