@@ -46,6 +46,28 @@ def test_puzzles_depend_on_number_seed_and_side_alone() -> None:
     assert tuple(sudoku9.draw(1, seed=1, held_out=True)[0]) == drawn[1, 1, True]
 
 
+def test_puzzle_has_as_many_blanks_as_asked_for_or_as_can_be() -> None:
+    minimal, solution = sudoku9.draw(0, seed=5, held_out=False)
+    for blanks in (1, 30, 80):
+        question, answer = sudoku9.draw(0, seed=5, held_out=False, blanks=blanks)
+        assert answer == solution
+        assert question.count(0) == min(blanks, minimal.count(0))
+        assert all(clue in {0, given} for clue, given in zip(minimal, question, strict=True))
+
+
+@pytest.mark.parametrize(
+    "url", ["sudoku9:train?blanks=0", "sudoku9:test?blanks=82", "sudoku4:train?blanks=5"]
+)
+def test_blanks_that_no_puzzle_has_are_an_error(url: str) -> None:
+    with pytest.raises(DataError, match="this is not a set of puzzles"):
+        open_dataset(url, seq_len=0)
+
+
+def test_url_says_how_many_blanks() -> None:
+    inputs = open_dataset("sudoku9:test?count=3&blanks=9", seq_len=0).inputs
+    assert (inputs == sudoku9.BLANK).sum(1).tolist() == [9, 9, 9]
+
+
 def test_solver_finds_the_solution_of_a_hard_puzzle_and_none_of_a_wrong_one() -> None:
     cells = [0 if each == "." else int(each) for each in WORLDS_HARDEST]
     (answer,) = sudoku9.solve(cells, limit=2)

@@ -34,6 +34,9 @@ DEFAULT_TEXT_LENGTH = 256
 _PART = 4096
 """Records that are encoded at a time."""
 _TELL_EVERY_S = 5.0
+_PUZZLE_OPTIONS: dict[str, dict[str, int]] = {
+    "sudoku4": {}, "sudoku9": {"blanks": sudoku9.NUM_CELLS},
+}  # fmt: skip
 _SIDES = {"train": (False, 20_000), "test": (True, 1_000)}
 
 
@@ -228,18 +231,20 @@ def _build_sudoku(url: str, sink: Sink) -> dict[str, Any]:
     side, _, query = rest.partition("?")
     try:
         held_out, count = _SIDES[side]
-        wanted = {"count": count, "seed": 0}
+        wanted = {"count": count, "seed": 0} | _PUZZLE_OPTIONS[kind]
         for name, value in parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query)):
-            wanted[name] = {"count": int, "seed": int}[name](value)
+            wanted[name] = dict.fromkeys(wanted, int)[name](value)
         if kind == "sudoku4":
             puzzles = sudoku.draw(wanted["count"], seed=wanted["seed"], held_out=held_out)
             questions, answers = puzzles.questions, puzzles.solutions
         else:
-            questions, answers = _draw9(url, wanted["count"], wanted["seed"], held_out=held_out)
+            questions, answers = _draw9(url, held_out=held_out, **wanted)
     except (KeyError, ValueError) as error:
+        options = "".join(f"&{each}=N" for each in _PUZZLE_OPTIONS[kind])
         raise DataError(
             f"--dataset {url}: this is not a set of puzzles ({error}). Write {kind}:train or "
-            f"{kind}:test, and if wanted ?count=N&seed=N with N up to {sudoku.MAX_PUZZLES}."
+            f"{kind}:test, and if wanted ?count=N&seed=N{options} with a count up to "
+            f"{sudoku.MAX_PUZZLES}."
         ) from error
     sink.write(questions, answers.astype(np.int16))
     content = hashlib.sha256(questions.tobytes() + answers.tobytes())
@@ -253,13 +258,15 @@ def _build_sudoku(url: str, sink: Sink) -> dict[str, Any]:
     }
 
 
-def _draw9(url: str, count: int, seed: int, *, held_out: bool) -> tuple[Grids, Grids]:
+def _draw9(url: str, *, count: int, seed: int, blanks: int, held_out: bool) -> tuple[Grids, Grids]:
     if not 0 < count <= sudoku9.MAX_PUZZLES:
         raise ValueError(f"between 1 and {sudoku9.MAX_PUZZLES} puzzles can be drawn, not {count}")
+    if not 0 < blanks <= sudoku9.NUM_CELLS:
+        raise ValueError(f"a puzzle has 1 to {sudoku9.NUM_CELLS} blanks, not {blanks}")
     tell = _Progress(url, count, "puzzles")
     puzzles = []
     for number in range(count):
-        puzzles.append(sudoku9.draw(number, seed=seed, held_out=held_out))
+        puzzles.append(sudoku9.draw(number, seed=seed, held_out=held_out, blanks=blanks))
         tell(number)
     questions, answers = zip(*puzzles, strict=True)
     return sudoku9.tokens(questions), sudoku9.tokens(answers)

@@ -1,9 +1,10 @@
 """9x9 Sudoku: puzzles with one solution from a seed, from CSV files, and their disguises.
 
-A generated puzzle is minimal: no clue of it can be left out. Its grid is filled at random, then one
-clue after the other is taken away in a random order as long as the solution stays the only one,
-which a solver checks. The sides of the generator draw from different keys; that a held-out puzzle
-equals a training puzzle under a symmetry is possible and never seen: there are about 10^30 classes.
+A generated puzzle is minimal: no clue of it can be left out, unless fewer blanks were asked for.
+Its grid is filled at random, then one clue after the other is taken away in a random order as long
+as the solution stays the only one, which a solver checks. The sides of the generator draw from
+different keys; that a held-out puzzle equals a training puzzle under a symmetry is possible and
+never seen: there are about 10^30 classes.
 
 Tokens: 0 pad, 1 blank, 2-10 the digits 1-9, as TRM's public code numbers them.
 """
@@ -34,12 +35,23 @@ _UNITS = [
 _NAMES = {"question": "question", "puzzle": "question", "answer": "answer", "solution": "answer"}
 
 
-def draw(number: int, *, seed: int, held_out: bool) -> tuple[list[int], list[int]]:
-    """Return a puzzle of a side, the same for the same number and seed, and its solution."""
+def draw(
+    number: int, *, seed: int, held_out: bool, blanks: int = NUM_CELLS
+) -> tuple[list[int], list[int]]:
+    """Return a puzzle of a side and its solution, the same for the same arguments.
+
+    Args:
+        number: Of the puzzle.
+        seed: Of all puzzles.
+        held_out: Which side.
+        blanks: Blank cells after which no further clue is taken away.
+    """
     key = derive_key("sudoku9", seed, int(held_out), number)
     (solution,) = solve([0] * NUM_CELLS, limit=1, ranks=random_words(key, np.arange(810)))
     question = list(solution)
     for cell in np.argsort(random_words(key, np.arange(810, 891))).tolist():
+        if question.count(0) == blanks:
+            break
         digit, question[cell] = question[cell], 0
         if len(solve(question, limit=2)) > 1:
             question[cell] = digit
