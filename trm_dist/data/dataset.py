@@ -4,7 +4,6 @@ import hashlib
 import logging
 import mmap
 import os
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from trm_dist import __version__
 from trm_dist.data import codec, grids, sudoku, sudoku9
 from trm_dist.data.cache import Build, Cache, Entry, Sink, cached
 from trm_dist.data.disguise import disguise
+from trm_dist.data.meter import Meter
 from trm_dist.data.records import RecordFile, identity, opened
 from trm_dist.errors import DataError
 
@@ -33,7 +33,6 @@ SUDOKU4, SUDOKU9 = "sudoku4:", "sudoku9:"
 DEFAULT_TEXT_LENGTH = 256
 _PART = 4096
 """Records that are encoded at a time."""
-_TELL_EVERY_S = 5.0
 _PUZZLE_OPTIONS: dict[str, dict[str, int]] = {
     "sudoku4": {}, "sudoku9": {"blanks": sudoku9.NUM_CELLS},
 }  # fmt: skip
@@ -174,11 +173,11 @@ def _recipe(url: str, seq_len: int, overlong: Overlong) -> tuple[dict[str, Any] 
     if os.path.isfile(os.path.join(url, grids.DESCRIPTION)):
         return grids.identity(url), partial(grids.build, url)
     found = identity(url)
+    num_bytes = found["size"] if found else None
     if url.rsplit("?", 1)[0].endswith(".csv"):
-        return found and {**found, "codec": "sudoku9"}, partial(_build_csv, url)
+        return found and {**found, "codec": "sudoku9"}, partial(_build_csv, url, num_bytes)
     length = seq_len or DEFAULT_TEXT_LENGTH
     key = found and {**found, "codec": "bytes", "seq_len": length, "overlong": overlong}
-    num_bytes = found["size"] if found else None
     return key, partial(_build_text, url, length, overlong, num_bytes)
 
 
@@ -263,19 +262,19 @@ def _draw9(url: str, *, count: int, seed: int, blanks: int, held_out: bool) -> t
         raise ValueError(f"between 1 and {sudoku9.MAX_PUZZLES} puzzles can be drawn, not {count}")
     if not 0 < blanks <= sudoku9.NUM_CELLS:
         raise ValueError(f"a puzzle has 1 to {sudoku9.NUM_CELLS} blanks, not {blanks}")
-    tell = _Progress(url, count, "puzzles")
     puzzles = []
-    for number in range(count):
-        puzzles.append(sudoku9.draw(number, seed=seed, held_out=held_out, blanks=blanks))
-        tell(number)
+    with Meter(url, count, "puzzles") as tell:
+        for number in range(count):
+            puzzles.append(sudoku9.draw(number, seed=seed, held_out=held_out, blanks=blanks))
+            tell(number + 1)
     questions, answers = zip(*puzzles, strict=True)
     return sudoku9.tokens(questions), sudoku9.tokens(answers)
 
 
-def _build_csv(url: str, sink: Sink) -> dict[str, Any]:
+def _build_csv(url: str, num_bytes: int | None, sink: Sink) -> dict[str, Any]:
     content = hashlib.sha256()
-    with opened(url) as file:
-        lines = (line.decode("utf-8", "replace") for line in _hashed(file, content))
+    with opened(url) as file, Meter(url, num_bytes, "bytes") as tell:
+        lines = (line.decode("utf-8", "replace") for line in _hashed(file, content, tell))
         num_rows = 0
         for part in batched(sudoku9.read_csv(url, lines), _PART):
             num_rows += len(part)
@@ -292,26 +291,30 @@ def _build_csv(url: str, sink: Sink) -> dict[str, Any]:
     }
 
 
-def _hashed(lines: Iterable[bytes], content: Any) -> Iterator[bytes]:
+def _hashed(lines: Iterable[bytes], content: Any, tell: Meter) -> Iterator[bytes]:
+    num_bytes = 0
     for line in lines:
         content.update(line)
+        num_bytes += len(line)
+        tell(num_bytes)
         yield line
 
 
 def _build_text(
     url: str, seq_len: int, overlong: Overlong, num_bytes: int | None, sink: Sink
 ) -> dict[str, Any]:
-    file = RecordFile(url, _Progress(url, num_bytes, "bytes"))
     num_cut = num_kept = 0
-    for part in batched(_encoded(file, seq_len), _PART):
-        num_cut += sum(each.is_cut for each in part)
-        fits = [each for each in part if overlong == "truncate" or not each.is_cut]
-        num_kept += len(fits)
-        if fits:
-            sink.write(
-                np.stack([each.inputs for each in fits]),
-                np.stack([each.labels for each in fits]),
-            )
+    with Meter(url, num_bytes, "bytes") as tell:
+        file = RecordFile(url, tell)
+        for part in batched(_encoded(file, seq_len), _PART):
+            num_cut += sum(each.is_cut for each in part)
+            fits = [each for each in part if overlong == "truncate" or not each.is_cut]
+            num_kept += len(fits)
+            if fits:
+                sink.write(
+                    np.stack([each.inputs for each in fits]),
+                    np.stack([each.labels for each in fits]),
+                )
     if not num_kept:
         raise DataError(
             f"{url}: all {num_cut} records are longer than --seq-len {seq_len}, and "
@@ -340,23 +343,3 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     iterator = iter(items)
     while part := list(islice(iterator, size)):
         yield part
-
-
-class _Progress:
-    """Tells now and then how much of something large is done."""
-
-    def __init__(self, url: str, total: int | None, unit: str) -> None:
-        self._url, self._total, self._unit = url, total, unit
-        self._started_s = self._told_s = time.monotonic()
-
-    def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self._told_s < _TELL_EVERY_S:
-            return
-        self._told_s = now
-        share = f" ({100 * done / self._total:.0f} %)" if self._total else ""
-        rate = done / (now - self._started_s)
-        logger.info(
-            "encoding %s: %s %s%s, %s a second",
-            self._url, f"{done:,}", self._unit, share, f"{rate:,.0f}",
-        )  # fmt: skip
