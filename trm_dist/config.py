@@ -33,6 +33,9 @@ class ModelConfig:
     """Positions of a sample; 0: what the data set needs (16 for 4x4 Sudoku, 256 for text)."""
     prefix_len: int = 0
     """Extra positions in front, which start from zero (16 in the paper)."""
+    puzzle_emb_ndim: int = 0
+    """Length of a vector that each puzzle of a folder learns, at most --prefix-len times --dim (512
+    in the public code); 0: none."""
     expansion: float = 4.0
     """Expansion of the gated MLPs."""
     h_cycles: int = 3
@@ -43,7 +46,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("dim", "depth", "h_cycles", "l_cycles"):
             _require(self, name, lambda value: value >= 1, "must be at least 1")
-        for name in ("heads", "seq_len", "prefix_len"):
+        for name in ("heads", "seq_len", "prefix_len", "puzzle_emb_ndim"):
             _require(self, name, lambda value: value >= 0, "must not be negative")
         _require(self, "expansion", lambda value: 0 < value <= 64, "must be in (0, 64]")
 
@@ -97,6 +100,10 @@ class TrainConfig:
     """Optimizer steps over which the learning rate rises from zero; constant afterwards."""
     weight_decay: float = 0.1
     """Decoupled weight decay (1.0 in the paper on small data)."""
+    puzzle_emb_lr: float = 1e-2
+    """Learning rate of the puzzles' vectors, by SignSGD; warmed up like --lr."""
+    puzzle_emb_weight_decay: float = 0.1
+    """Decoupled weight decay of the vectors of the puzzles in a batch."""
     clip: float = 1.0
     """Largest norm of the gradient; 0: no clipping."""
     ema: float = 0.999
@@ -129,12 +136,15 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "n_sup", "threads"):
             _require(self, name, lambda value: value >= 1, "must be at least 1")
-        for name in ("warmup_steps", "eval_interval", "weight_decay", "clip"):
+        for name in (
+            "warmup_steps", "eval_interval", "weight_decay", "clip", "puzzle_emb_weight_decay",
+        ):  # fmt: skip
             _require(self, name, _is_size, "must not be negative")
         for name in ("max_no_progress", "max_preemptions"):
             _require(self, name, lambda value: value >= 0, "must not be negative")
         _require(self, "hang_timeout", _is_size, "must not be negative")
-        _require(self, "lr", lambda value: 0 < value < math.inf, "must be above 0")
+        for name in ("lr", "puzzle_emb_lr"):
+            _require(self, name, lambda value: 0 < value < math.inf, "must be above 0")
         for name in ("ema", "halt_explore"):
             _require(self, name, lambda value: 0 <= value < 1, "must be in [0, 1)")
 
@@ -281,6 +291,9 @@ _EXACT = frozenset(
 IDENTITY = frozenset({each.name for each in fields(ModelConfig)} | {"batch_size", "shards", "seed"})
 """Settings that make a run what it is: another value cannot continue it."""
 
+_BEFORE = {"puzzle_emb_ndim": 0}
+"""What runs had whose checkpoints do not know a setting of IDENTITY yet."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -312,7 +325,7 @@ def resolve(config: Config, given: Iterable[str], stored: Mapping[str, Any] | No
         ResumeError: Given values differ from stored ones that make the run what it is; the
             message lists all of them.
     """
-    flat, given, stored = config.flat(), frozenset(given), stored or {}
+    flat, given, stored = config.flat(), frozenset(given), {**_BEFORE, **stored} if stored else {}
     wrong = [
         f"  {flag(name)}: stored {stored[name]}, given {flat[name]}"
         for name in flat
@@ -350,12 +363,19 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_heads(model: ModelConfig) -> None:
+def check_sizes(model: ModelConfig) -> None:
     """Check what only the resolved sizes show.
 
     Raises:
-        ConfigError: The width cannot be divided among the heads.
+        ConfigError: The width cannot be divided among the heads, or the puzzles' vectors have no
+            room.
     """
+    if model.puzzle_emb_ndim > model.prefix_len * model.dim:
+        raise ConfigError(
+            f"--puzzle-emb-ndim {model.puzzle_emb_ndim} does not fit into --prefix-len "
+            f"{model.prefix_len} positions of --dim {model.dim}. Use a prefix of "
+            f"{-(-model.puzzle_emb_ndim // model.dim)} or more."
+        )
     if model.net == "attn" and (model.dim % model.heads or model.dim // model.heads % 2):
         raise ConfigError(
             f"--heads {model.heads} does not divide --dim {model.dim} into parts of even width, "

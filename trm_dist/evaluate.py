@@ -45,6 +45,9 @@ def evaluate(
 
 def _evaluate_chunk(task: Supervision, dataset: Dataset, start: int, num_rows: int) -> Tensor:
     places = np.arange(start, start + num_rows)
-    inputs, labels = dataset.rows(np.minimum(places, dataset.num_samples - 1))
+    samples = np.minimum(places, dataset.num_samples - 1)
+    inputs, labels, puzzles = map(
+        torch.from_numpy, (*dataset.rows(samples), dataset.puzzles_of(samples))
+    )
     num_real = min(num_rows, dataset.num_samples - start)
-    return task.evaluate(torch.from_numpy(inputs), torch.from_numpy(labels), num_real)
+    return task.evaluate(inputs, labels, num_real, puzzles)

@@ -91,7 +91,7 @@ def load_model(path: str, weights: Weights = "ema") -> Model:
     stored = {key: value for key, value in state["config"].items() if key in known}
     config = Config().with_values(stored)
     module = Trm(
-        shape_of(config, state["dataset"]["num_tokens"]),
+        shape_of(config, state["dataset"]["num_tokens"], state["dataset"].get("num_puzzles", 1)),
         seed=config.data.seed,
         precision=config.train.precision,
     )

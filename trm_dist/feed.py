@@ -46,4 +46,12 @@ class Feed:
         inputs, labels = self._dataset.rows(samples)
         weights = torch.from_numpy(is_real).float() / len(batch.samples)
         tokens, targets = torch.from_numpy(inputs), torch.from_numpy(labels)
-        return Rows(samples, tokens, targets, weights, batch.epoch)
+        return Rows(samples, tokens, targets, weights, batch.epoch, self._puzzles_of(samples))
+
+    def puzzles(self, batch: GlobalBatch) -> torch.Tensor:
+        """Return the puzzle of every row of a batch, int64 [batch size]; see `rows`."""
+        places = np.arange(self._batch_size)
+        return self._puzzles_of(batch.samples[np.where(places < len(batch.samples), places, 0)])
+
+    def _puzzles_of(self, samples: npt.NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(self._dataset.puzzles_of(samples))

@@ -18,7 +18,7 @@ from trm_dist.checkpoint.names import is_checkpoint_name
 from trm_dist.checkpoint.resume import Remembered, Start, choose_start
 from trm_dist.checkpoint.runs import Run
 from trm_dist.checkpoint.store import Store, open_store, split_url
-from trm_dist.config import Config, DataConfig, Settings, check_heads, derived_sizes, resolve
+from trm_dist.config import Config, DataConfig, Settings, check_sizes, derived_sizes, resolve
 from trm_dist.data.cache import Cache, default_directory
 from trm_dist.data.dataset import Dataset, open_dataset, preload
 from trm_dist.errors import ConfigError, DataError, ResumeError
@@ -116,7 +116,7 @@ def to_message(plan: Plan) -> bytes:
         "origins": dict(plan.settings.origins),
         "run": asdict(plan.start.run),
         "source": plan.start.source,
-        "sha256": [each.sha256 for each in _datasets(plan)],
+        "sha256": [each.sha256 + each.puzzles_sha256 for each in _datasets(plan)],
     }
     return json.dumps(message).encode()
 
@@ -135,7 +135,7 @@ def from_message(message: bytes, state: dict[str, Any] | None) -> Plan:
     settings = Settings(Config().with_values(sent["values"]), sent["origins"])
     plan = _with_data(settings, Start(Run(**sent["run"]), sent["source"], state))
     for each, expected in zip(_datasets(plan), sent["sha256"], strict=True):
-        if each.sha256 != expected:
+        if each.sha256 + each.puzzles_sha256 != expected:
             raise DataError(
                 f"{each.url} on this node is not the file that the first worker reads (sha256 "
                 f"{each.sha256[:12]} instead of {expected[:12]}). Put the same file on every node."
@@ -243,7 +243,7 @@ def _with_data(settings: Settings, start: Start) -> Plan:
     )
     settings = settings.with_derived(**derived_sizes(settings.config, seq_len=dataset.seq_len))
     config = settings.config
-    check_heads(config.model)
+    check_sizes(config.model)
     if dataset.num_samples < data.batch_size:
         raise DataError(
             f"--batch-size {data.batch_size} is larger than the data: {data.dataset} has "
@@ -259,7 +259,9 @@ def _with_data(settings: Settings, start: Start) -> Plan:
                 f"--eval-dataset {data.eval_dataset} ({eval_dataset.codec}) is not of the kind of "
                 f"--dataset {data.dataset} ({dataset.codec})."
             )
-    return Plan(settings, start, dataset, eval_dataset, shape_of(config, dataset.num_tokens))
+        check_puzzles(config, eval_dataset, dataset.num_puzzles)
+    shape = shape_of(config, dataset.num_tokens, dataset.num_puzzles)
+    return Plan(settings, start, dataset, eval_dataset, shape)
 
 
 def cache_of(data: DataConfig) -> Cache | None:
@@ -276,10 +278,23 @@ def preload_data(config: Config) -> None:
         preload(url, seq_len=config.model.seq_len, overlong=data.overlong, cache=cache_of(data))
 
 
-def shape_of(config: Config, num_tokens: int) -> Shape:
+def shape_of(config: Config, num_tokens: int, num_puzzles: int) -> Shape:
     """Return the sizes of the model that a resolved configuration describes."""
     model = asdict(config.model)
-    return Shape(num_tokens=num_tokens, **model)
+    return Shape(num_tokens=num_tokens, num_puzzles=num_puzzles, **model)
+
+
+def check_puzzles(config: Config, dataset: Dataset, num_puzzles: int) -> None:
+    """Check that the model has a vector for each puzzle, if it has any.
+
+    Raises:
+        DataError: The data have more.
+    """
+    if config.model.puzzle_emb_ndim and dataset.num_puzzles > num_puzzles:
+        raise DataError(
+            f"{dataset.url} has {dataset.num_puzzles} puzzles, and the model vectors for "
+            f"{num_puzzles} (--puzzle-emb-ndim). Give data with the same puzzles."
+        )
 
 
 def _check_dataset(plan: Plan, stored: Mapping[str, Any]) -> None:
@@ -290,7 +305,14 @@ def _check_dataset(plan: Plan, stored: Mapping[str, Any]) -> None:
             f"checkpoint {stored['num_tokens']} ({stored['url']}). Give data of the same kind, or "
             "choose another --checkpoint-dir."
         )
-    if all(ours[name] == stored[name] for name in ("sha256", "num_samples")):
+    if plan.config.model.puzzle_emb_ndim and ours["num_puzzles"] != stored["num_puzzles"]:
+        raise ResumeError(
+            f"--dataset {ours['url']} has {ours['num_puzzles']} puzzles, and the model of the "
+            f"checkpoint vectors for {stored['num_puzzles']}. Give data with the same puzzles, or "
+            "choose another --checkpoint-dir."
+        )
+    names = ("sha256", "num_samples", "puzzles_sha256")
+    if all(ours[name] == stored.get(name, ours[name]) for name in names):
         return
     difference = (
         f"the data are not those of the checkpoint: {stored['url']} had {stored['num_samples']} "

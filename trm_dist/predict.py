@@ -19,7 +19,7 @@ from trm_dist.data.dataset import Dataset, open_dataset
 from trm_dist.errors import UserError
 from trm_dist.export import Model, Weights, load_model
 from trm_dist.logs import say
-from trm_dist.plan import cache_of
+from trm_dist.plan import cache_of, check_puzzles
 
 _GREEN, _RED, _PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[0m"
 _ROWS_AT_ONCE = 64
@@ -73,6 +73,7 @@ def predict(arguments: PredictArguments) -> int:
     model = load_model(arguments.path, arguments.weights)
     if arguments.ask:
         inputs, labels, numbers = _encode(arguments.ask, model), None, np.array([-1])
+        puzzles = None
     else:
         dataset = _open(arguments.dataset, model)
         last = min(arguments.first + arguments.count, dataset.num_samples)
@@ -83,7 +84,8 @@ def predict(arguments: PredictArguments) -> int:
                 f"{dataset.num_samples} samples, counted from 0."
             )
         inputs, labels = dataset.rows(numbers)
-    answers = answer(model, inputs, labels, numbers)
+        puzzles = dataset.puzzles_of(numbers)
+    answers = answer(model, inputs, labels, numbers, puzzles)
     if arguments.json:
         say(json.dumps([_as_plain(each, model.codec) for each in answers]))
         return 0
@@ -98,13 +100,14 @@ def predict(arguments: PredictArguments) -> int:
 
 def answer(
     model: Model, inputs: npt.NDArray[np.int64], labels: npt.NDArray[np.int64] | None,
-    numbers: npt.NDArray[np.int64],
+    numbers: npt.NDArray[np.int64], puzzles: npt.NDArray[np.int64] | None = None,
 ) -> list[Answer]:  # fmt: skip
-    """Answer questions, int64 [N, L]."""
+    """Answer questions, int64 [N, L], which belong to puzzles, int64 [N]."""
     found: list[Answer] = []
     for start in range(0, len(inputs), _ROWS_AT_ONCE):
         some = slice(start, start + _ROWS_AT_ONCE)
-        tokens, steps = model.task.answer(torch.from_numpy(inputs[some]))
+        of_some = None if puzzles is None else torch.from_numpy(puzzles[some])
+        tokens, steps = model.task.answer(torch.from_numpy(inputs[some]), of_some)
         for row, number in enumerate(numbers[some]):
             truth = None if labels is None else labels[start + row]
             found.append(
@@ -128,6 +131,7 @@ def _open(url: str, model: Model) -> Dataset:
             f"--dataset {dataset.url} ({dataset.codec}) is not of the kind that {model.name} was "
             f"trained on ({model.codec})."
         )
+    check_puzzles(model.config, dataset, model.task.module.shape.num_puzzles)
     return dataset
 
 

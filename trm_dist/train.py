@@ -31,15 +31,17 @@ from trm_dist.checkpoint.replay import LossLog
 from trm_dist.checkpoint.state import FORMAT_VERSION, digest, sealed
 from trm_dist.checkpoint.store import open_store, split_url
 from trm_dist.checkpoint.tfevents import CURVES
+from trm_dist.config import Config
 from trm_dist.elastic.pulse import Pulse
 from trm_dist.elastic.reduction import ShardReduction
 from trm_dist.elastic.world import Group
 from trm_dist.errors import ConfigError, TrainingError
 from trm_dist.evaluate import evaluate
 from trm_dist.events import Emit
-from trm_dist.feed import Feed
+from trm_dist.feed import Feed, GlobalBatch
 from trm_dist.model.ema import Ema
 from trm_dist.model.optim import Optimizer
+from trm_dist.model.puzzles import PuzzleOptimizer
 from trm_dist.model.supervision import SCORES, Supervision
 from trm_dist.model.trm import Trm, num_parameters
 from trm_dist.observe.curves import Curves
@@ -102,6 +104,7 @@ class Trainer:
             clip=config.train.clip,
             name=config.train.optim,
         )
+        self._puzzles = _puzzle_optimizer(module, config)
         self._feed = Feed(plan.dataset, config.data)
         self._ema = Ema(module, config.train.ema)
         self._curves = Curves() if config.log.tensorboard else None
@@ -215,15 +218,14 @@ class Trainer:
         table = torch.zeros(self._config.data.shards, len(SCORES), dtype=torch.float64)
         steps = 0
         for _ in range(self._task.max_steps):
-            scores = self._supervise(carries)
+            scores = self._supervise(batch, carries)
             if not self._is_finite(scores):
                 if self._config.train.on_nan == "stop":
                     raise TrainingError(_not_finite(at, batch.samples))
                 self._optimizer.drop_gradients()
                 self._emit(events.Skipped(progress=at, samples=batch.samples.tolist()))
                 break
-            self._optimizer.step(at.global_step + steps)
-            self._ema.update()
+            self._change(at.global_step + steps)
             table += scores
             steps += 1
             if not scores[:, _COLUMN["active"]].any():
@@ -232,16 +234,25 @@ class Trainer:
         self._progress = at.advance(samples=len(batch.samples), optimizer_steps=steps)
         return self._describe(table, len(batch.samples), rate, time.monotonic() - started_s)
 
-    def _supervise(self, carries: list[Any]) -> Tensor:
-        """Make one supervision step of all shards, up to the reduced and clipped gradient.
+    def _change(self, global_step: int) -> None:
+        """Make one optimizer step."""
+        self._optimizer.step(global_step)
+        if self._puzzles:
+            self._puzzles.step(global_step)
+        self._ema.update()
+
+    def _supervise(self, batch: GlobalBatch, carries: list[Any]) -> Tensor:
+        """Make one supervision step of all shards, up to the reduced gradient.
 
         Args:
+            batch: What is trained.
             carries: One for each local shard; each is replaced by the next.
 
         Returns:
             The scores of every shard, [shards, SCORES], the same on all workers.
         """
         table = torch.zeros(self._config.data.shards, len(SCORES), dtype=torch.float64)
+        gradients = self._puzzles.begin(self._feed.puzzles(batch)) if self._puzzles else None
         last = len(carries) - 1
         for number, shard in enumerate(self._local_shards()):
             with nullcontext() if number == last else self._ddp.no_sync():
@@ -251,7 +262,12 @@ class Trainer:
                 self._reduction.take(shard)
             if shard in self._reduction.shards:
                 table[shard] = scores
+                if self._puzzles:
+                    first, carry = shard * self._feed.rows_per_shard, carries[number]
+                    self._puzzles.take(first, carry.vectors.grad, carry.was_active)
         self._reduction.finish()
+        if gradients is not None:
+            self._group.sum_(gradients)
         self._pulse.beat()
         self._spend(Spent.PRODUCTIVE)
         return self._group.sum_(table)
@@ -259,6 +275,8 @@ class Trainer:
     def _is_finite(self, scores: Tensor) -> bool:
         """Clip; tell whether loss and gradient are finite, which all workers see alike."""
         norm = self._optimizer.clip()
+        if self._puzzles and not self._puzzles.is_finite():
+            return False
         return bool(scores[:, _COLUMN["objective"]].isfinite().all() and norm.isfinite())
 
     def _local_shards(self) -> range:
@@ -453,6 +471,18 @@ class Trainer:
             num_samples=num_samples,
             seconds=seconds,
         )
+
+
+def _puzzle_optimizer(module: Trm, config: Config) -> PuzzleOptimizer | None:
+    if not config.model.puzzle_emb_ndim:
+        return None
+    return PuzzleOptimizer(
+        module.puzzle_embedding,
+        batch_size=config.data.batch_size,
+        lr=config.train.puzzle_emb_lr,
+        warmup_steps=config.train.warmup_steps,
+        weight_decay=config.train.puzzle_emb_weight_decay,
+    )
 
 
 def _not_finite(at: Progress, samples: npt.NDArray[np.int64]) -> str:

@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from trm_dist.config import IDENTITY, PER_START, Config, check_heads, derived_sizes, resolve
+from trm_dist.config import IDENTITY, PER_START, Config, check_sizes, derived_sizes, resolve
 from trm_dist.errors import ConfigError, ResumeError
 
 
@@ -80,7 +80,7 @@ def test_flat_round_trip() -> None:
 def test_heads_divide_the_width_into_even_parts(heads: int, dim: int, fits: bool) -> None:
     model = Config().with_values({"net": "attn", "heads": heads, "dim": dim}).model
     if fits:
-        check_heads(model)
+        check_sizes(model)
     else:
         with pytest.raises(ConfigError, match="--heads"):
-            check_heads(model)
+            check_sizes(model)

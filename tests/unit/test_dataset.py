@@ -178,4 +178,6 @@ def test_identity_is_what_a_resume_compares() -> None:
         "num_samples": 4,
         "codec": "bytes",
         "num_tokens": 256,
+        "num_puzzles": 1,
+        "puzzles_sha256": "",
     }

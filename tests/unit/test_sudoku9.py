@@ -197,12 +197,14 @@ def folder(path: Path, **changes: object) -> str:
     labels = np.array([[1, 5, 3, 4], [2, 5, 0, 0], [4, 4, 4, 5]], dtype=np.uint8)
     sizes = {
         "pad_id": 0, "ignore_label_id": 0, "vocab_size": 6, "seq_len": 4, "sets": ["all"],
+        "num_puzzle_identifiers": 5,
     }  # fmt: skip
     path.mkdir()
     (path / "dataset.json").write_text(json.dumps(sizes | changes))
     np.save(path / "all__inputs.npy", inputs)
     np.save(path / "all__labels.npy", labels)
-    np.save(path / "all__puzzle_identifiers.npy", np.zeros(3, np.int32))
+    np.save(path / "all__puzzle_identifiers.npy", np.array([4, 0], np.int32))
+    np.save(path / "all__puzzle_indices.npy", np.array([0, 2, 3], np.int32))
     return str(path)
 
 
@@ -214,6 +216,37 @@ def test_folder_of_the_public_code_is_read(tmp_path: Path, has_cache: bool) -> N
     inputs, labels = dataset.rows(np.array([1, 0]))
     assert inputs.tolist() == [[2, 2, 1, 0], [1, 2, 3, 4]]
     assert labels.tolist() == [[2, 5, -100, -100], [1, 5, 3, 4]]
+
+
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_folder_says_which_puzzle_a_row_belongs_to(tmp_path: Path, has_cache: bool) -> None:
+    cache = Cache(str(tmp_path / "cache"), 10**9) if has_cache else None
+    dataset = open_dataset(folder(tmp_path / "maze"), seq_len=0, cache=cache)
+    assert dataset.puzzles_of(np.array([2, 0, 1])).tolist() == [0, 4, 4]
+    assert dataset.num_puzzles == 5
+    (tmp_path / "maze" / "all__puzzle_indices.npy").unlink()
+    without = open_dataset(str(tmp_path / "maze"), seq_len=0, cache=cache)
+    assert without.puzzles_of(np.array([2, 0, 1])).tolist() == [0, 0, 0]
+    assert without.sha256 == dataset.sha256
+    assert without.puzzles_sha256 != dataset.puzzles_sha256
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("indices", [0, 2], "does not cut the 3 rows"),
+        ("indices", [0, 2, 4], "does not cut the 3 rows"),
+        ("indices", [0, 4, 3], "does not cut the 3 rows"),
+        ("identifiers", [5, 0], "outside 0 to num_puzzle_identifiers"),
+    ],
+)
+def test_puzzles_that_do_not_fit_are_told(
+    tmp_path: Path, name: str, content: list[int], message: str
+) -> None:
+    url = folder(tmp_path / "maze")
+    np.save(tmp_path / "maze" / f"all__puzzle_{name}.npy", np.array(content))
+    with pytest.raises(DataError, match=message):
+        open_dataset(url, seq_len=0)
 
 
 def test_folder_without_an_ignored_label_counts_every_cell(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ class Scripted:
         self.halts, self.labels, self.step = halts, labels, 0
         self.scale = torch.ones(1, requires_grad=True)
 
-    def __call__(self, tokens: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> tuple:
+    def __call__(
+        self, tokens: torch.Tensor, y: torch.Tensor, z: torch.Tensor, vectors: None
+    ) -> tuple:
         logits = torch.nn.functional.one_hot(self.labels, 6).float() * self.scale
         halt = torch.where(torch.tensor(self.halts[self.step]), 1.0, -1.0) * self.scale
         self.step += 1

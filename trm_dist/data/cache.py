@@ -25,10 +25,11 @@ import numpy.typing as npt
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Of the form of entries; a newer trm_dist does not read what an older one has made."""
 
-_INPUTS, _LABELS, _META = "inputs.u8", "labels.i16", "meta.json"
+_INPUTS, _LABELS, _PUZZLES = "inputs.u8", "labels.i16", "puzzles.i32"
+_META = "meta.json"
 _PARTIAL, _MAKING, _IN_USE = ".partial", ".making", ".in-use"
 _TELL_EVERY_S = 10.0
 _WAIT_S = 0.05
@@ -45,6 +46,8 @@ class Entry:
     """[N, L]."""
     labels: npt.NDArray[np.int16]
     """[N, L]."""
+    puzzles: npt.NDArray[np.int32] | None
+    """Which puzzle each sample belongs to, [N]; None: all to the first."""
     meta: Mapping[str, Any]
     pages: tuple[mmap.mmap, ...]
     """Where the arrays lie."""
@@ -53,17 +56,24 @@ class Entry:
 class Sink:
     """Takes the samples of an entry, part after part."""
 
-    def __init__(self, inputs: IO[bytes], labels: IO[bytes]) -> None:
-        self._inputs, self._labels = inputs, labels
+    def __init__(self, inputs: IO[bytes], labels: IO[bytes], puzzles: IO[bytes]) -> None:
+        self._inputs, self._labels, self._puzzles = inputs, labels, puzzles
         self.num_samples = 0
         self.seq_len = 0
 
-    def write(self, inputs: npt.NDArray[np.uint8], labels: npt.NDArray[np.int16]) -> None:
-        """Append samples, both [n, L]."""
+    def write(
+        self,
+        inputs: npt.NDArray[np.uint8],
+        labels: npt.NDArray[np.int16],
+        puzzles: npt.NDArray[np.int32] | None = None,
+    ) -> None:
+        """Append samples, both [n, L], and their puzzles, [n], for all samples or for none."""
         self.num_samples += len(inputs)
         self.seq_len = inputs.shape[1]
         self._inputs.write(inputs.tobytes())
         self._labels.write(labels.astype("<i2").tobytes())
+        if puzzles is not None:
+            self._puzzles.write(puzzles.astype("<i4").tobytes())
 
 
 Build = Callable[[Sink], Mapping[str, Any]]
@@ -121,13 +131,17 @@ def _open(path: str) -> Entry | None:
         with open(os.path.join(path, _META), encoding="utf-8") as file:
             meta = json.load(file)
         shape = meta["num_samples"], meta["seq_len"]
-        pages = tuple(_map(os.path.join(path, name)) for name in (_INPUTS, _LABELS))
+        names = (_INPUTS, _LABELS, *([_PUZZLES] if meta["has_puzzles"] else []))
+        pages = tuple(_map(os.path.join(path, name)) for name in names)
         inputs = np.frombuffer(pages[0], np.uint8).reshape(shape)
         labels = np.frombuffer(pages[1], "<i2").astype(np.int16, copy=False).reshape(shape)
+        puzzles = None
+        if meta["has_puzzles"]:
+            puzzles = np.frombuffer(pages[2], "<i4").astype(np.int32, copy=False).reshape(shape[0])
         os.utime(path)  # it was used
     except (OSError, ValueError, KeyError):
         return None
-    return Entry(inputs, labels, meta, pages)
+    return Entry(inputs, labels, puzzles, meta, pages)
 
 
 def _map(path: str) -> mmap.mmap:
@@ -144,11 +158,14 @@ def _make(path: str, build: Build) -> None:
         with ExitStack() as stack:
             files = [
                 stack.enter_context(open(os.path.join(partial, name), "wb"))
-                for name in (_INPUTS, _LABELS)
+                for name in (_INPUTS, _LABELS, _PUZZLES)
             ]
-            sink = Sink(files[0], files[1])
+            sink = Sink(*files)
             meta = dict(build(sink))
-            meta |= {"num_samples": sink.num_samples, "seq_len": sink.seq_len}
+            meta |= {
+                "num_samples": sink.num_samples, "seq_len": sink.seq_len,
+                "has_puzzles": files[2].tell() > 0,
+            }  # fmt: skip
             with open(os.path.join(partial, _META), "w", encoding="utf-8") as file:
                 json.dump(meta, file)
                 for each in (*files, file):

@@ -58,6 +58,11 @@ class Dataset:
     """Where the arrays lie, if they are mapped."""
     augment: int = 0
     """Disguises of each sample besides itself."""
+    puzzles: npt.NDArray[np.int32] | None = None
+    """Which puzzle each sample belongs to, [N]; None: all to the first."""
+    num_puzzles: int = 1
+    puzzles_sha256: str = ""
+    """Of these numbers; empty: there are none."""
 
     @property
     def num_samples(self) -> int:
@@ -115,6 +120,12 @@ class Dataset:
             pages.madvise(mmap.MADV_DONTNEED)
         return rows
 
+    def puzzles_of(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return which puzzle each of some samples belongs to, int64 [len(samples)]."""
+        if self.puzzles is None:
+            return np.zeros(len(samples), dtype=np.int64)
+        return self.puzzles[samples % len(self.inputs)].astype(np.int64)
+
     def identity(self) -> dict[str, Any]:
         """Return what a checkpoint stores of the data set."""
         return {
@@ -123,6 +134,8 @@ class Dataset:
             "num_samples": self.num_samples,
             "codec": self.codec,
             "num_tokens": self.num_tokens,
+            "num_puzzles": self.num_puzzles,
+            "puzzles_sha256": self.puzzles_sha256,
         }
 
 
@@ -162,6 +175,9 @@ def open_dataset(
         sha256=meta["sha256"],
         notes=meta["notes"],
         pages=entry.pages,
+        puzzles=entry.puzzles,
+        num_puzzles=meta.get("num_puzzles", 1),
+        puzzles_sha256=meta.get("puzzles_sha256", ""),
     )
     return dataset.with_augment(augment).with_length(seq_len)
 
@@ -211,18 +227,26 @@ def _cached(cache: Cache, key: Mapping[str, Any], build: Build) -> Entry:
 
 
 def _in_memory(build: Build) -> Entry:
-    parts: list[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int16]]] = []
+    parts: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = []
+    numbers: list[npt.NDArray[np.int32]] = []
 
     class Memory(Sink):
         def __init__(self) -> None:
             """Keep what is written."""
 
-        def write(self, inputs: npt.NDArray[np.uint8], labels: npt.NDArray[np.int16]) -> None:
+        def write(
+            self,
+            inputs: npt.NDArray[np.uint8],
+            labels: npt.NDArray[np.int16],
+            puzzles: npt.NDArray[np.int32] | None = None,
+        ) -> None:
             parts.append((inputs, labels))
+            if puzzles is not None:
+                numbers.append(puzzles)
 
     meta = build(Memory())
     inputs, labels = (np.concatenate(each) for each in zip(*parts, strict=True))
-    return Entry(inputs, labels, meta, ())
+    return Entry(inputs, labels, np.concatenate(numbers) if numbers else None, meta, ())
 
 
 def _build_sudoku(url: str, sink: Sink) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Grids in the folders that TRM's public code writes: mazes, ARC, Sudoku.
 
 A folder holds `dataset.json` with the sizes, `all__inputs.npy` and `all__labels.npy`, [N, L]. A
-label that is `ignore_label_id` counts nowhere. What else lies there says which rows belong to one
-puzzle; here each row is a sample.
+label that is `ignore_label_id` counts nowhere. Each row is a sample. Rows `all__puzzle_indices[i]`
+up to the next one belong to the puzzle `all__puzzle_identifiers[i]`, one of
+`num_puzzle_identifiers`; without these files all rows belong to one puzzle.
 """
 
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from trm_dist.errors import DataError
 DESCRIPTION = "dataset.json"
 
 _INPUTS, _LABELS = "all__inputs.npy", "all__labels.npy"
+_PUZZLE_FILES = _IDENTIFIERS, _INDICES = "all__puzzle_identifiers.npy", "all__puzzle_indices.npy"
 _PART = 4096
 
 
@@ -30,7 +33,8 @@ def identity(folder: str) -> dict[str, Any]:
         DataError: A file is missing.
     """
     found: dict[str, Any] = {"url": os.path.abspath(folder), "codec": "grid"}
-    for name in (DESCRIPTION, _INPUTS, _LABELS):
+    more = _PUZZLE_FILES if _has_puzzles(folder) else ()
+    for name in (DESCRIPTION, _INPUTS, _LABELS, *more):
         try:
             status = os.stat(os.path.join(folder, name))
         except OSError as error:
@@ -51,7 +55,8 @@ def build(folder: str, sink: Sink) -> dict[str, Any]:
     sizes = _read_sizes(folder)
     inputs, labels = _load(folder, _INPUTS), _load(folder, _LABELS)
     _check(folder, sizes, inputs, labels)
-    content = hashlib.sha256()
+    puzzles = _read_puzzles(folder, sizes, len(inputs)) if _has_puzzles(folder) else None
+    content, of_puzzles = hashlib.sha256(), hashlib.sha256()
     for start in range(0, len(inputs), _PART):
         questions = np.asarray(inputs[start : start + _PART]).astype(np.uint8)
         answers = np.asarray(labels[start : start + _PART]).astype(np.int16)
@@ -63,14 +68,60 @@ def build(folder: str, sink: Sink) -> dict[str, Any]:
         content.update(questions.tobytes() + answers.tobytes())
         if sizes["ignore_label_id"] is not None:
             answers[answers == sizes["ignore_label_id"]] = IGNORED
-        sink.write(questions, answers)
-    return {
+        numbers = puzzles.of_rows(start, len(questions)) if puzzles else None
+        sink.write(questions, answers, numbers)
+        of_puzzles.update(b"" if numbers is None else numbers.tobytes())
+    found = {
         "url": folder,
         "num_tokens": sizes["vocab_size"],
         "codec": "grid",
         "sha256": content.hexdigest(),
         "notes": {},
     }
+    if puzzles:
+        found |= {"num_puzzles": puzzles.count, "puzzles_sha256": of_puzzles.hexdigest()}
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Puzzles:
+    """Which rows belong to which puzzle."""
+
+    identifiers: npt.NDArray[np.int32]
+    """Of each run of rows."""
+    ends: npt.NDArray[np.int64]
+    """Where each run ends."""
+    count: int
+    """How many puzzles there are, also in other folders of this data set."""
+
+    def of_rows(self, start: int, num_rows: int) -> npt.NDArray[np.int32]:
+        rows = np.arange(start, start + num_rows)
+        return self.identifiers[np.searchsorted(self.ends, rows, side="right")]
+
+
+def _has_puzzles(folder: str) -> bool:
+    return all(os.path.exists(os.path.join(folder, each)) for each in _PUZZLE_FILES)
+
+
+def _read_puzzles(folder: str, sizes: dict[str, Any], num_rows: int) -> _Puzzles:
+    identifiers, indices = _load(folder, _IDENTIFIERS), _load(folder, _INDICES)
+    if (
+        identifiers.ndim != 1
+        or indices.shape != (len(identifiers) + 1,)
+        or (indices[0], indices[-1]) != (0, num_rows)
+        or (np.diff(indices.astype(np.int64)) < 0).any()
+    ):
+        raise DataError(
+            f"--dataset {folder}: {_INDICES} {indices.shape} does not cut the {num_rows} rows into "
+            f"the puzzles of {_IDENTIFIERS} {identifiers.shape}. Mend one of them."
+        )
+    if not 0 <= identifiers.min() <= identifiers.max() < sizes["num_puzzles"]:
+        raise DataError(
+            f"--dataset {folder}: {_IDENTIFIERS} has numbers outside 0 to num_puzzle_identifiers "
+            f"({sizes['num_puzzles']}) of {DESCRIPTION}. Mend one of them."
+        )
+    ends = indices[1:].astype(np.int64)
+    return _Puzzles(identifiers.astype(np.int32), ends, sizes["num_puzzles"])
 
 
 def _read_sizes(folder: str) -> dict[str, Any]:
@@ -81,6 +132,7 @@ def _read_sizes(folder: str) -> dict[str, Any]:
             "vocab_size": int(content["vocab_size"]),
             "seq_len": int(content["seq_len"]),
             "ignore_label_id": content.get("ignore_label_id"),
+            "num_puzzles": int(content.get("num_puzzle_identifiers", 1)),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(

@@ -28,7 +28,7 @@ class Forward(Protocol):
     """The module as it is called for training, behind DDP."""
 
     def __call__(
-        self, tokens: Tensor, output: Tensor, latent: Tensor
+        self, tokens: Tensor, output: Tensor, latent: Tensor, vectors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """See `Trm.forward`."""
         ...
@@ -47,6 +47,8 @@ class Rows:
     weights: Tensor
     """Float [B]: 1 / rows of the global batch; 0 for rows that only fill up the shard."""
     epoch: int
+    puzzles: Tensor | None = None
+    """Which puzzle each row belongs to, int64 [B]; None: all to the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,11 @@ class Carry:
     min_steps: Tensor
     """Steps before which a row may not halt, int64 [B]."""
     step: int
+    vectors: Tensor | None = None
+    """Of the rows' puzzles, [B, E], as the step that led here read them; with their gradient after
+    its backward."""
+    was_active: Tensor | None = None
+    """Rows that took part in that step, bool [B]."""
 
 
 class Supervision:
@@ -92,7 +99,8 @@ class Supervision:
             The shard's part of the objective, to call backward on; its SCORES; the next carry.
         """
         rows, step = carry.rows, carry.step + 1
-        logits, halt, output, latent = forward(rows.tokens, carry.output, carry.latent)
+        vectors = self.module.vectors_of(rows.puzzles, len(rows.tokens))
+        logits, halt, output, latent = forward(rows.tokens, carry.output, carry.latent, vectors)
         scores = score_rows(logits, halt, rows.labels, self._loss)
         objective = (scores.loss * rows.weights * carry.is_active).sum()
         may_halt = (halt.detach() > 0) & (carry.min_steps <= step)
@@ -111,14 +119,18 @@ class Supervision:
                 is_active.sum(),
             ]
         )
-        return objective, table, Carry(rows, output, latent, is_active, carry.min_steps, step)
+        following = Carry(
+            rows, output, latent, is_active, carry.min_steps, step, vectors, carry.is_active
+        )
+        return objective, table, following
 
     @torch.no_grad()
-    def answer(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def answer(self, tokens: Tensor, puzzles: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Answer questions as the paper evaluates: after all n_sup steps.
 
         Args:
             tokens: int64 [B, L].
+            puzzles: Which puzzle each belongs to, int64 [B]; None: all to the first.
 
         Returns:
             The answers, int64 [B, L], and the steps at which the halting head would have stopped,
@@ -127,25 +139,29 @@ class Supervision:
         output, latent = self.module.start(len(tokens))
         steps = torch.zeros(len(tokens), dtype=torch.int64)
         has_halted = torch.zeros(len(tokens), dtype=torch.bool)
+        vectors = self.module.vectors_of(puzzles, len(tokens))
         for _ in range(self.max_steps):
-            logits, halt, output, latent = self.module(tokens, output, latent)
+            logits, halt, output, latent = self.module(tokens, output, latent, vectors)
             steps += ~has_halted
             has_halted |= halt > 0
         return logits.argmax(-1), steps
 
-    def evaluate(self, tokens: Tensor, labels: Tensor, num_rows: int) -> Tensor:
+    def evaluate(
+        self, tokens: Tensor, labels: Tensor, num_rows: int, puzzles: Tensor | None = None
+    ) -> Tensor:
         """Answer questions and compare.
 
         Args:
             tokens: int64 [B, L].
             labels: int64 [B, L].
             num_rows: How many of the first rows count; the others fill up.
+            puzzles: Which puzzle each belongs to, int64 [B]; None: all to the first.
 
         Returns:
             int64 [5]: cells correct, cells, rows exact, rows, and the sum of the steps at which
             the halting head would have stopped.
         """
-        answers, steps = self.answer(tokens)
+        answers, steps = self.answer(tokens, puzzles)
         counts = labels != IGNORED
         correct = ((answers == labels) & counts).sum(-1)[:num_rows]
         cells = counts.sum(-1)[:num_rows]

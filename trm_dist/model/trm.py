@@ -1,6 +1,7 @@
 """TRM: one small network that refines a latent and an answer, over and over.
 
-Shapes: B rows, L cells, P prefix positions, S = P + L positions, D width, V tokens.
+Shapes: B rows, L cells, P prefix positions, S = P + L positions, D width, V tokens, E length of a
+puzzle's vector, at most P D.
 Formulas use the paper's letters: x the question, y the output (the answer so far), z the latent.
 
 Source: arXiv 2510.04871, the pseudocode and section 4; differences are listed in the README.
@@ -36,6 +37,9 @@ class Shape:
     expansion: float
     h_cycles: int
     l_cycles: int
+    puzzle_emb_ndim: int = 0
+    """E: length of a puzzle's vector, which fills the first prefix positions; 0: none."""
+    num_puzzles: int = 1
 
     @property
     def multiple(self) -> int:
@@ -48,6 +52,8 @@ class Trm(nn.Module):
 
     output_init: Tensor
     latent_init: Tensor
+    puzzle_embedding: Tensor
+    """Vectors of all puzzles, [puzzles, E]; no parameter, as it has an optimizer of its own."""
 
     def __init__(self, shape: Shape, *, seed: int, precision: Precision = "fp32") -> None:
         """Make a model with the weights of a seed.
@@ -73,14 +79,30 @@ class Trm(nn.Module):
         nn.init.constant_(self.halt_head.bias, HALT_BIAS)
         self.register_buffer("output_init", truncated_normal((dim,), 1.0, generator))
         self.register_buffer("latent_init", truncated_normal((dim,), 1.0, generator))
+        if shape.puzzle_emb_ndim:
+            vectors = torch.zeros(shape.num_puzzles, shape.puzzle_emb_ndim)
+            self.register_buffer("puzzle_embedding", vectors)
 
     def start(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """Return the first output y0 and latent z0, both [B, S, D]."""
         size = (num_rows, self.shape.prefix_len + self.shape.seq_len, self.shape.dim)
         return self._cast(self.output_init).expand(size), self._cast(self.latent_init).expand(size)
 
+    def vectors_of(self, puzzles: Tensor | None, num_rows: int) -> Tensor | None:
+        """Return the vectors of some puzzles, [B, E], as leaves; None: the model has none.
+
+        Args:
+            puzzles: int64 [B]; None: the first one for all rows.
+            num_rows: B.
+        """
+        if not self.shape.puzzle_emb_ndim:
+            return None
+        if puzzles is None:
+            puzzles = torch.zeros(num_rows, dtype=torch.int64)
+        return self.puzzle_embedding[puzzles].requires_grad_(torch.is_grad_enabled())
+
     def forward(
-        self, tokens: Tensor, output: Tensor, latent: Tensor
+        self, tokens: Tensor, output: Tensor, latent: Tensor, vectors: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Refine once, deeply: T - 1 rounds without gradient, one round with.
 
@@ -88,11 +110,12 @@ class Trm(nn.Module):
             tokens: The question, int64 [B, L].
             output: y, [B, S, D], without gradient.
             latent: z, [B, S, D], without gradient.
+            vectors: Of the rows' puzzles, [B, E], from `vectors_of`.
 
         Returns:
             Token logits [B, L, V] and halting logits [B] in float32, and the new y and z, detached.
         """
-        x = self._embed(tokens)
+        x = self._embed(tokens, vectors)
         with torch.no_grad():
             for _ in range(self.shape.h_cycles - 1):
                 output, latent = self._refine(x, output, latent)
@@ -101,9 +124,13 @@ class Trm(nn.Module):
         halt = self.halt_head(widened(output[:, 0]))[:, 0]
         return logits, halt, output.detach(), latent.detach()
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        x = self._cast(F.embedding(tokens, self.embedding) * self.shape.dim**0.5)
-        return F.pad(x, (0, 0, self.shape.prefix_len, 0)) if self.shape.prefix_len else x
+    def _embed(self, tokens: Tensor, vectors: Tensor | None) -> Tensor:
+        prefix_len, dim = self.shape.prefix_len, self.shape.dim
+        x = self._cast(F.embedding(tokens, self.embedding) * dim**0.5)
+        if vectors is None:
+            return F.pad(x, (0, 0, prefix_len, 0)) if prefix_len else x
+        filled = F.pad(vectors * dim**0.5, (0, prefix_len * dim - self.shape.puzzle_emb_ndim))
+        return torch.cat([self._cast(filled).view(-1, prefix_len, dim), x], dim=1)
 
     def _cast(self, x: Tensor) -> Tensor:
         """Return an activation in the precision of activations."""
