@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -87,26 +85,6 @@ def test_restore_takes_moments_and_keeps_the_rate_of_the_settings() -> None:
     second.step(1)
     assert second.state_dict()["state"][0]["step"] == 2
     assert before - module.weight.item() == pytest.approx(0.5, rel=1e-5)
-
-
-def test_angle_update_is_the_published_formula() -> None:
-    """In float64, worked out here number by number."""
-    module = nn.Linear(2, 1, bias=False).double()
-    stepper = Optimizer(
-        module, lr=0.1, warmup_steps=0, weight_decay=0.5, clip=0, name="adam-atan2"
-    )  # fmt: skip
-    weights = module.weight.detach().flatten().tolist()
-    first, second = [0.0, 0.0], [0.0, 0.0]
-    for count in range(1, 8):
-        gradients = [0.3 * count - 1, 0.01 * count]
-        module.weight.grad = torch.tensor([gradients], dtype=torch.float64)
-        stepper.step(count - 1)
-        for number, gradient in enumerate(gradients):
-            first[number] = 0.9 * first[number] + 0.1 * gradient
-            second[number] = 0.95 * second[number] + 0.05 * gradient**2
-            angle = math.atan2(first[number], math.sqrt(second[number] / (1 - 0.95**count)))
-            weights[number] = weights[number] * (1 - 0.1 * 0.5) - 0.1 / (1 - 0.9**count) * angle
-    assert module.weight.flatten().tolist() == pytest.approx(weights, rel=1e-12)
 
 
 def test_angle_update_goes_on_after_a_restore() -> None:
