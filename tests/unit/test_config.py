@@ -13,6 +13,7 @@ from trm_dist.errors import ConfigError, ResumeError
         ("expansion", 0.0), ("h_cycles", 0), ("l_cycles", 0), ("batch_size", 0), ("shards", -1),
         ("seed", -1), ("epochs", 0), ("n_sup", 0), ("threads", 0), ("warmup_steps", -1),
         ("eval_interval", -1), ("weight_decay", -0.1), ("clip", float("nan")), ("lr", 0.0),
+        ("puzzle_emb_ndim", -1), ("puzzle_emb_lr", 0.0), ("puzzle_emb_weight_decay", -1.0),
         ("lr", float("inf")), ("ema", 1.0), ("halt_explore", 1.0), ("checkpoint_dir", ""),
         ("checkpoint_interval", 0), ("latest_every_s", -1.0), ("keep_last", -1),
         ("keep_every", -1), ("store_deadline", -1.0), ("log_every_s", -1.0),
@@ -53,6 +54,13 @@ def test_every_mismatch_is_in_one_message() -> None:
         assert name in str(error.value)
 
 
+def test_setting_of_identity_that_a_checkpoint_does_not_know_has_what_was_before() -> None:
+    assert resolve(Config(), (), {"dim": 8}).config.model.puzzle_emb_ndim == 0
+    given = Config().with_values({"puzzle_emb_ndim": 4, "prefix_len": 1})
+    with pytest.raises(ResumeError, match="--puzzle-emb-ndim: stored 0, given 4"):
+        resolve(given, {"puzzle_emb_ndim"}, {"dim": 8, "prefix_len": 1})
+
+
 def test_flag_that_says_derive_it_matches_what_was_derived() -> None:
     settings = resolve(Config(), {"shards", "seq_len"}, {"shards": 4, "seq_len": 16})
     assert settings.config.data.shards == 4
@@ -83,4 +91,15 @@ def test_heads_divide_the_width_into_even_parts(heads: int, dim: int, fits: bool
         check_sizes(model)
     else:
         with pytest.raises(ConfigError, match="--heads"):
+            check_sizes(model)
+
+
+@pytest.mark.parametrize(("length", "fits"), [(0, True), (16, True), (17, False)])
+def test_vectors_of_puzzles_fit_into_the_prefix(length: int, fits: bool) -> None:
+    values = {"dim": 8, "prefix_len": 2, "puzzle_emb_ndim": length}
+    model = Config().with_values(values).model
+    if fits:
+        check_sizes(model)
+    else:
+        with pytest.raises(ConfigError, match="Use a prefix of 3 or more"):
             check_sizes(model)

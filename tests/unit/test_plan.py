@@ -11,7 +11,8 @@ from trm_dist.checkpoint.runs import claim, new_writer
 from trm_dist.checkpoint.store import LocalStore
 from trm_dist.config import Config
 from trm_dist.data.dataset import open_dataset
-from trm_dist.plan import check_space, estimate, make_plan
+from trm_dist.errors import DataError
+from trm_dist.plan import check_puzzles, check_space, estimate, make_plan
 
 DATA = "sudoku4:train?count=8"
 
@@ -56,3 +57,12 @@ def test_checkpoints_that_will_not_fit_are_warned_of(
     with caplog.at_level(logging.WARNING):
         check_space(plan, Full())
     assert "--keep-last" in caplog.text
+
+
+def test_data_with_more_puzzles_than_the_model_has_vectors_are_refused() -> None:
+    dataset = replace(open_dataset(DATA, seq_len=0), num_puzzles=3)
+    without, having = (Config().with_values({"puzzle_emb_ndim": each}) for each in (0, 4))
+    check_puzzles(without, dataset, num_puzzles=2)
+    check_puzzles(having, dataset, num_puzzles=3)
+    with pytest.raises(DataError, match="3 puzzles, and the model vectors for 2"):
+        check_puzzles(having, dataset, num_puzzles=2)
