@@ -16,7 +16,7 @@ from statistics import mean
 from typing import Any
 
 _WIDTH, _HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 16, 40, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 28, 40, 40
 _NUM_PARTS = 60
 _COLOURS = {"token_accuracy": "#1f6feb", "exact_accuracy": "#cf222e"}
 _NAMES = {"token_accuracy": "token accuracy", "exact_accuracy": "exact accuracy"}
@@ -26,8 +26,8 @@ Point = tuple[float, float]
 
 def main(events: Path, picture: Path, title: str) -> None:
     kinds: dict[str, dict[int, dict[str, Any]]] = {"batch": {}, "evaluated": {}}
-    for line in events.read_text().splitlines():
-        event = json.loads(line)
+    lines = events.read_text().splitlines()
+    for event in (json.loads(line) for line in lines if line.startswith("{")):
         # The last telling counts: a batch may be trained again after a restart.
         kinds.get(event["event"], {})[event["batch_count"]] = event
     batches, evaluations = (
