@@ -120,6 +120,7 @@ class InlinePersister:
         self._retry_at_s = 0.0
         self.asked: list[tuple[int, int, list[str], bool]] = []
         self.is_closed = False
+        self.num_kept = 0
         self.is_hung = False
         """While set, nothing is published and nothing is told."""
 
@@ -135,6 +136,9 @@ class InlinePersister:
             self._work()
         found, self._events = self._events, []
         return found
+
+    def keep_journal(self, wait_s: float) -> None:
+        self.num_kept += 1
 
     def close(self) -> None:
         self.is_closed = True

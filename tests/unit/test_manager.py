@@ -420,6 +420,25 @@ def test_frozen_manager_captures_no_more() -> None:
     assert writer.manager.captured == progress_at(1)
 
 
+def test_end_does_not_wait_for_a_journal_while_another_thread_waits_for_its_persister() -> None:
+    writer = Training(MemoryStore())
+    has_lock, is_over = threading.Event(), threading.Event()
+
+    def start_persister() -> None:  # which takes as long as it takes
+        with writer.manager._lock:
+            has_lock.set()
+            is_over.wait()
+
+    threading.Thread(target=start_persister, daemon=True).start()
+    has_lock.wait()
+    writer.manager.keep_journal(0.01)
+    assert writer.persister.num_kept == 0
+    is_over.set()
+
+    writer.manager.keep_journal(10.0)
+    assert writer.persister.num_kept == 1
+
+
 def test_save_newest_serves_another_thread() -> None:
     writer = Training(MemoryStore())
     writer.finish_batch(1)

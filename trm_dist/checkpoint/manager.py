@@ -228,9 +228,13 @@ class CheckpointManager:
         self._wait_until(lambda: not self._asked)
 
     def keep_journal(self, wait_s: float) -> None:
-        """Have the copy of the journal in the store brought up to date, waiting a while for it."""
-        with self._lock:
+        """Have the copy of the journal in the store brought up to date, waiting a while for it.
+
+        Nothing is done while the training thread waits for a new persister.
+        """
+        if self._lock.acquire(timeout=wait_s):
             self._persister.keep_journal(wait_s)
+            self._lock.release()
 
     def close(self) -> None:
         """Let the persister end."""
