@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train demo test test-unit test-elastic test-s3 soak bench-checkpoints bench-reduction bench-recovery lint type layers check
+.PHONY: setup train demo test test-unit test-elastic test-s3 soak bench-checkpoints bench-reduction bench-recovery lint type layers check test-k8s test-image scan
 
 setup: $(READY)
 
@@ -27,7 +27,7 @@ demo: $(READY)
 	$(BIN)/python -m tests.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m 'not soak'
+	$(BIN)/python -m pytest -m 'not soak and not image'
 
 test-unit: $(READY)
 	$(BIN)/python -m pytest tests/unit
@@ -37,6 +37,27 @@ test-elastic: $(READY)
 
 test-s3: $(READY)
 	$(BIN)/python -m pytest tests/s3
+
+test-k8s: $(READY)
+	$(BIN)/python -m pytest tests/k8s -m 'not image'
+
+# Builds the image and runs the manifests in containers: root, and apt-get install buildah
+# debootstrap podman runc netavark iptables catatonit.
+test-image: $(READY)
+	tests/k8s/build_image.sh
+	$(BIN)/python -m pytest -m image
+
+# The manifests in the eyes of checkov, which has many dependencies, so it gets a place of its own.
+scan: .venv-scan/.ready
+	.venv-scan/bin/checkov --quiet --compact --skip-download --framework kubernetes \
+	    --file k8s/job.yaml
+	.venv-scan/bin/checkov --quiet --compact --skip-download --framework dockerfile \
+	    --file docker/Dockerfile
+
+.venv-scan/.ready: $(READY)
+	$(PYTHON) -m venv .venv-scan
+	.venv-scan/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30
+	touch .venv-scan/.ready
 
 # What saving and resuming cost, beside torch.save, DCP, Lightning and raw transfers. Nothing else
 # may compute meanwhile.

@@ -267,7 +267,7 @@ def _cache(arguments: list[str]) -> int:
 
 
 @dataclass(frozen=True)
-class _LaunchArguments:
+class LaunchArguments:
     """Flags of `launch`: its own and those of `train`."""
 
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -275,7 +275,7 @@ class _LaunchArguments:
 
 
 @dataclass(frozen=True)
-class _RendezvousArguments:
+class RendezvousArguments:
     """Where the nodes of a run meet; a process for a machine that stays."""
 
     host: str = "0.0.0.0"  # noqa: S104 it is there to be reached
@@ -288,15 +288,15 @@ def _launch(arguments: list[str], defaults: Config) -> int:
     from trm_dist.launch.supervisor import supervise
 
     parsed = _parse(
-        "launch", _LaunchArguments, arguments, is_speaker=True,
-        default=_LaunchArguments(config=defaults),
+        "launch", LaunchArguments, arguments, is_speaker=True,
+        default=LaunchArguments(config=defaults),
     )  # fmt: skip
     given = given_settings(arguments) & parsed.config.flat().keys()
     return supervise(job_of(parsed.launch, parsed.config, given, os.environ))
 
 
 def _rendezvous(arguments: list[str]) -> int:
-    parsed = _parse("rendezvous", _RendezvousArguments, arguments, is_speaker=True)
+    parsed = _parse("rendezvous", RendezvousArguments, arguments, is_speaker=True)
     from trm_dist.launch.rendezvous import serve
 
     return serve(parsed.host, parsed.port)

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_MESSAGE_BYTES = 1 << 20
-_STOP_MARGIN_S = 5
+STOP_MARGIN_S = 5
 """What ending the processes may take after the grace period."""
 _HUNG_TIMES, _HUNG_MORE_S = 1.2, 5.0
 """How much longer than its own watchdog the supervisor waits for a worker."""
@@ -220,7 +220,7 @@ class Supervisor:
     async def _give_up(self, code: int) -> int:
         """End because the run cannot go on, here or on any other node."""
         self._send({"do": "stop", "signal": signal.SIGTERM})
-        await self._wait_for("left", self._job.grace_s + _STOP_MARGIN_S)
+        await self._wait_for("left", self._job.grace_s + STOP_MARGIN_S)
         if self._job.member.endpoint:
             self._send({"do": "join"} | self._message() | {"conclude": code})
             await self._wait_for("left", _FINISH_S)
@@ -236,7 +236,7 @@ class Supervisor:
         self._send({"do": "stop", "signal": signum})
         if not self._has_agent:
             return exit_code(signum)
-        if await self._wait_for("left", self._job.grace_s + _STOP_MARGIN_S, is_stop=True):
+        if await self._wait_for("left", self._job.grace_s + STOP_MARGIN_S, is_stop=True):
             logger.info("left in %.1f s", time.monotonic() - started_s)
         return exit_code(signum)
 

@@ -1,0 +1,150 @@
+"""Manifests as data: schemas of three versions, the rules that schemas miss, each seen to bite."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import kubernetes_validate
+import pytest
+
+from tests.k8s.manifests import OVERLAYS, Object, build, named, read_job
+from tests.k8s.rules import violations
+
+VERSIONS = ["1.31", "1.34", "1.37"]
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, list[Object]]:
+    return {"job.yaml": read_job()} | {each: build(each) for each in OVERLAYS}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", ["job.yaml", *OVERLAYS])
+def test_schemas_hold(built: dict[str, list[Object]], name: str, version: str) -> None:
+    for each in built[name]:
+        kubernetes_validate.validate(each, version, strict=True)
+
+
+@pytest.mark.parametrize("name", ["job.yaml", *OVERLAYS])
+def test_rules_hold(built: dict[str, list[Object]], name: str) -> None:
+    assert violations(built[name]) == []
+
+
+def test_overlays_change_what_they_are_for(built: dict[str, list[Object]]) -> None:
+    def grace_s(name: str) -> int:
+        pod = named(built[name], "Job")["spec"]["template"]["spec"]
+        return int(pod["terminationGracePeriodSeconds"])
+
+    assert grace_s("eks") < 120
+    assert grace_s("gke") <= 15
+    assert grace_s("aks") < 30
+
+
+# -- each rule bites -------------------------------------------------------------------------------
+
+Job = dict[str, Any]
+
+
+def _job(change: Callable[[Job], object]) -> Callable[[list[Object]], object]:
+    return lambda objects: change(named(objects, "Job")["spec"])
+
+
+def _trainer(change: Callable[[Job], object]) -> Callable[[list[Object]], object]:
+    return _job(lambda spec: change(spec["template"]["spec"]["containers"][0]))
+
+
+def _argument(old: str, new: str) -> Callable[[list[Object]], object]:
+    def change(container: Job) -> None:
+        container["args"] = [each.replace(old, new) for each in container["args"]]
+
+    return _trainer(change)
+
+
+def _policy(number: int, **values: Any) -> Callable[[list[Object]], object]:
+    return _job(lambda spec: spec["podFailurePolicy"]["rules"][number].update(values))
+
+
+def _codes(number: int, **values: Any) -> Callable[[list[Object]], object]:
+    def change(spec: Job) -> None:
+        spec["podFailurePolicy"]["rules"][number]["onExitCodes"].update(values)
+
+    return _job(change)
+
+
+def _data(**values: str) -> Callable[[list[Object]], object]:
+    return lambda objects: named(objects, "ConfigMap")["data"].update(values)
+
+
+BROKEN: dict[str, tuple[Callable[[list[Object]], object], str]] = {
+    "no index": (_job(lambda spec: spec.pop("completionMode")), "needs an Indexed Job"),
+    "no budget": (_job(lambda spec: spec.pop("backoffLimitPerIndex")), "backoffLimitPerIndex"),
+    "failures": (_job(lambda spec: spec.update(maxFailedIndexes=9)), "more than completions"),
+    "success": (_job(lambda spec: spec["successPolicy"]["rules"][0].update(succeededCount=9)),
+                "succeededCount is more"),
+    "restart": (_job(lambda spec: spec["template"]["spec"].update(restartPolicy="OnFailure")),
+                "needs restartPolicy Never"),
+    "replacement": (_job(lambda spec: spec.update(podReplacementPolicy="TerminatingOrFailed")),
+                    "needs podReplacementPolicy Failed"),
+    "action": (_policy(0, action="Ignored"), "is no action"),
+    "both": (_policy(1, onPodConditions=[]), "either onExitCodes"),
+    "unsorted": (_codes(2, values=[2, 1]), "sorted and unique"),
+    "zero": (_codes(2, values=[0, 1]), "is no failure"),
+    "container": (_codes(2, containerName="train"), "there is no container train"),
+    "codes": (_codes(1, values=[42]), "exit codes are taken for"),
+    "order": (_job(lambda spec: spec["podFailurePolicy"]["rules"].reverse()), "looked for first"),
+    "percent": (lambda objects: named(objects, "PodDisruptionBudget")["spec"].update(
+        minAvailable="50%"), "minAvailable as a number"),
+    "account": (_job(lambda spec: spec["template"]["spec"].update(serviceAccountName="x")),
+                "no ServiceAccount x"),
+    "volume": (_trainer(lambda each: each["volumeMounts"].pop()), "volumes and mounts differ"),
+    "labels": (_job(lambda spec: spec["template"]["metadata"]["labels"].clear()), "selects []"),
+    "policy": (lambda objects: named(objects, "NetworkPolicy")["spec"]["podSelector"].update(
+        matchLabels={"a": "b"}), "leaves out"),
+    "health": (_argument("--health-port=8080", "--health-port=8081"), "and listens on"),
+    "probe": (_trainer(lambda each: each["livenessProbe"]["httpGet"].update(path="/readyz")),
+              "nothing answers"),
+    "service": (lambda objects: named(objects, "Service")["spec"]["ports"][0].update(
+        targetPort="x"), "no port"),
+    "endpoint": (_argument("trm-rendezvous:29500", "trm-rendezvous:29400"), "--rdzv-endpoint is"),
+    "size": (_job(lambda spec: spec.update(parallelism=5)), "differ"),
+    "nodes": (_data(NODES="2:3"), "do not fit --nnodes"),
+    "grace": (_data(GRACE_PERIOD="36"), "is less than"),
+    "shm": (_job(lambda spec: spec["template"]["spec"]["volumes"][0]["emptyDir"].update(
+        sizeLimit="20Mi")), "has not twice"),
+    "disk": (_job(lambda spec: spec["template"]["spec"]["volumes"][0]["emptyDir"].pop("medium")),
+             "is no memory"),
+    "memory": (_data(WORKERS="3"), "memory limit is less"),
+    "cache": (_argument("--cache-dir=/cache", "--cache-dir=/var/cache"), "is no volume"),
+    "root": (_trainer(lambda each: each["securityContext"].update(readOnlyRootFilesystem=False)),
+             "can be written"),
+    "request": (_trainer(lambda each: each["resources"]["requests"].update(memory="1Gi")),
+                "memory of others"),
+    "image": (_trainer(lambda each: each.update(image="other")), "several images"),
+    "unused": (_data(EPOCHS="3"), "nothing uses EPOCHS"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_rule_bites(built: dict[str, list[Object]], name: str) -> None:
+    change, message = BROKEN[name]
+    objects = deepcopy(built["job.yaml"])
+
+    change(objects)
+
+    assert message in "; ".join(violations(objects))
+
+
+def test_flag_that_the_trainer_does_not_have_is_found(built: dict[str, list[Object]]) -> None:
+    objects = deepcopy(built["job.yaml"])
+    _trainer(lambda each: each["args"].append("--batchsize=3"))(objects)
+
+    with pytest.raises(SystemExit):
+        violations(objects)
+
+
+def test_variable_that_nobody_sets_is_found(built: dict[str, list[Object]]) -> None:
+    objects = deepcopy(built["job.yaml"])
+    _trainer(lambda each: each["args"].append("--epochs=$(EPOCHS)"))(objects)
+
+    with pytest.raises(KeyError, match="EPOCHS"):
+        violations(objects)
