@@ -25,9 +25,9 @@ def read_job() -> list[Object]:
     return list(yaml.safe_load_all(JOB.read_text()))
 
 
-def build(overlay: str) -> list[Object]:
-    """The objects of an overlay, as kubectl makes them."""
-    command = [str(KUBECTL), "kustomize", str(K8S / "overlays" / overlay)]
+def build(directory: Path) -> list[Object]:
+    """The objects of a kustomization, as kubectl makes them."""
+    command = [str(KUBECTL), "kustomize", str(directory)]
     built = subprocess.run(command, capture_output=True, check=True, text=True, timeout=60)
     return list(yaml.safe_load_all(built.stdout))
 

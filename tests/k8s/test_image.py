@@ -8,7 +8,7 @@ import pytest
 
 from tests.elastic.harness import DEADLINE_S, SMALL, as_arguments
 from tests.k8s.cluster import Cluster, Pod, cluster
-from tests.k8s.manifests import build
+from tests.k8s.manifests import K8S, build
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(900)]
 
@@ -35,8 +35,8 @@ def num_batches(pods: Cluster) -> int:
 def wait_for(pods: Cluster, holds: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not holds():
-        assert time.monotonic() < deadline, (
-            f"waited too long for {what}: {[each.running.messages() for each in pods.all]}"
+        assert time.monotonic() < deadline, f"waited too long for {what}: " + "\n".join(
+            f"{pod.name} {pod.health()} {pod.running.messages()}" for pod in pods.all
         )
         time.sleep(0.02)
 
@@ -53,13 +53,29 @@ def until_batches(pods: Cluster, size: int, change: Callable[[], object]) -> flo
     return took_s
 
 
+def assert_confined(pod: Pod) -> None:
+    assert pod.health()["state"] == "training"
+    status = dict(line.split(":\t", 1) for line in pod.shell("cat /proc/1/status").splitlines())
+    assert status["Uid"].split() == ["10001"] * 4
+    assert {status[each] for each in ("CapEff", "CapPrm", "CapBnd")} == {"0" * 16}
+    assert (status["Seccomp"], status["NoNewPrivs"]) == ("2", "1")
+    assert pod.shell("grep ' / ' /proc/mounts").split()[3].startswith("ro,")
+    free = pod.shell("for d in / /opt/venv /tmp /cache /dev/shm; do test ! -w $d || echo $d; done")
+    assert free.split() == ["/tmp", "/cache", "/dev/shm"]
+
+
+def peak_memory_bytes(pod: Pod) -> int:
+    names = "memory/memory.max_usage_in_bytes memory.peak"  # of cgroups of version 1 and 2
+    return int(pod.shell(f"cd /sys/fs/cgroup; cat {names} 2>/dev/null || true").split()[0])
+
+
 def test_pods_are_lost_and_come_back_and_the_bits_are_the_same(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     took: dict[str, float] = {}
     flags = [*as_arguments(FLAGS), "--hang-timeout=8"]
     trainers: list[Pod] = []
-    with cluster(build("local"), tmp_path, flags) as pods:
+    with cluster(build(K8S / "overlays" / "local"), tmp_path, flags) as pods:
 
         def start_all() -> None:
             trainers.extend(pods.start("trm", index) for index in range(3))
@@ -75,6 +91,7 @@ def test_pods_are_lost_and_come_back_and_the_bits_are_the_same(
             meeting[0] = pods.start("trm-rendezvous")
 
         took["three pods to the first batch"] = until_batches(pods, 3, start_all)
+        assert_confined(trainers[0])
         took["pod 0 killed"] = until_batches(pods, 2, trainers[0].kill)
         took["its successor"] = until_batches(pods, 3, lambda: replace(0))
         took["rendezvous killed and replaced"] = until_batches(pods, 3, replace_rendezvous)
@@ -85,6 +102,7 @@ def test_pods_are_lost_and_come_back_and_the_bits_are_the_same(
             pods, 2, lambda: pods.cut(trainers[2])
         )
         took["pod 2 in reach again"] = until_batches(pods, 3, lambda: pods.mend(trainers[2]))
+        peak_bytes = max(peak_memory_bytes(pod) for pod in trainers)
         assert not any(pod.running.events("finished") for pod in pods.all), "too short a run"
 
         assert [pod.running.end() for pod in trainers] == [0, 0, 0]
@@ -96,4 +114,4 @@ def test_pods_are_lost_and_come_back_and_the_bits_are_the_same(
         assert looked.output.read_text().strip() == alone.digest()
     with capsys.disabled():
         told = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in took.items())
-        print(f"\nto the next batch: {told}")  # noqa: T201 what the test is asked to show
+        print(f"\nto the next batch: {told}; peak of a pod {peak_bytes / 2**20:.0f} MiB")  # noqa: T201 what the test is asked to show

@@ -58,23 +58,25 @@ def test_field_that_no_server_knows_is_refused(server: ApiServer, tmp_path: Path
 
 
 def test_commands_at_the_top_of_the_job_work(server: ApiServer, tmp_path: Path) -> None:
-    """Those that change something: to scale and to pause."""
+    """Those that change something: to scale, to pause, to stop, and to go on with other data."""
     kubectl(server, tmp_path, "apply", "-f", str(JOB))
-    commands = [
-        line.split("kubectl ", 1)[1].split("       ")[0]
+    scale, pause, stop = (
+        line.split("kubectl ", 1)[1].split("       ")[0].replace("'", "").split()
         for line in JOB.read_text().splitlines()
-        if line.startswith("#") and " patch job " in line
-    ]
-    assert len(commands) == 2
+        if line.startswith(("# Scale", "# Pause", "# Stop"))
+    )
 
-    for each in commands:
-        arguments = each.replace("'", "").split()
-        patched = kubectl(server, tmp_path, *arguments)
+    for command in (scale, pause):
+        patched = kubectl(server, tmp_path, *command)
         assert not patched.returncode, patched.stderr
-
     (job,) = (each for each in server.objects.values() if each["kind"] == "Job")
     assert (job["spec"]["parallelism"], job["spec"]["completions"]) == (8, 8)
     assert job["spec"]["suspend"] is True
+
+    stopped = kubectl(server, tmp_path, *stop, "--wait=false")
+    assert not stopped.returncode, stopped.stderr
+    applied = kubectl(server, tmp_path, "apply", "-f", str(JOB))
+    assert applied.stdout.count(" created\n") == 2
 
 
 def test_local_overlay_is_applied_and_deleted(server: ApiServer, tmp_path: Path) -> None:

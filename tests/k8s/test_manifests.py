@@ -1,13 +1,16 @@
 """Manifests as data: schemas of three versions, the rules that schemas miss, each seen to bite."""
 
+import os
+import textwrap
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 
-from tests.k8s.manifests import OVERLAYS, Object, build, named, read_job
+from tests.k8s.manifests import K8S, OVERLAYS, Object, build, named, pods, read_job
 from tests.k8s.rules import violations
 
 VERSIONS = ["1.31", "1.34", "1.37"]
@@ -15,7 +18,7 @@ VERSIONS = ["1.31", "1.34", "1.37"]
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, list[Object]]:
-    return {"job.yaml": read_job()} | {each: build(each) for each in OVERLAYS}
+    return {"job.yaml": read_job()} | {each: build(K8S / "overlays" / each) for each in OVERLAYS}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -38,6 +41,35 @@ def test_overlays_change_what_they_are_for(built: dict[str, list[Object]]) -> No
     assert grace_s("eks") < 120
     assert grace_s("gke") <= 15
     assert grace_s("aks") < 30
+
+
+def test_kustomization_of_the_readme_is_a_whole_run(tmp_path: Path) -> None:
+    readme = (K8S.parent / "README.md").read_text()
+    block = "    # " + readme.split("    # kustomization.yaml beside", 1)[1].split("\n\n", 1)[0]
+    there = textwrap.dedent(block).replace("trm_dist/k8s", os.path.relpath(K8S, tmp_path))
+    (tmp_path / "kustomization.yaml").write_text(there)
+
+    objects = build(tmp_path)
+
+    data = named(objects, "ConfigMap")["data"]
+    assert data["CHECKPOINT_DIR"] == "s3://BUCKET/RUN"
+    assert data["DATASET"] == "s3://BUCKET/data.jsonl"
+    data["DATASET"] = "sudoku4:train?count=400"  # one that can be read here
+    assert violations(objects) == []
+    images = {pod["spec"]["containers"][0]["image"] for _, pod in pods(objects)}
+    assert images == {"REGISTRY/trm_dist@sha256:..."}
+    (account,) = (each for each in objects if each["kind"] == "ServiceAccount")
+    assert "arn:aws:iam::ACCOUNT:role/ROLE" in account["metadata"]["annotations"].values()
+
+
+def test_namespace_of_a_second_run_holds_all_of_it(tmp_path: Path) -> None:
+    base = os.path.relpath(K8S / "base", tmp_path)
+    (tmp_path / "kustomization.yaml").write_text(f"namespace: run-two\nresources: [{base}]\n")
+
+    objects = build(tmp_path)
+
+    assert violations(objects) == []
+    assert named(objects, "Namespace")["metadata"]["name"] == "run-two"
 
 
 # -- each rule bites -------------------------------------------------------------------------------
