@@ -4,8 +4,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
-from trm_dist.launch.membership import Member, conclude, connect, current, move_on, outcome
+from torch.distributed import TCPStore
+
+from trm_dist.errors import EXIT_LOST
+from trm_dist.launch.membership import (
+    Member,
+    conclude,
+    connect,
+    current,
+    main,
+    move_on,
+    outcome,
+)
 
 
 @contextmanager
@@ -67,3 +79,12 @@ def test_port_that_is_taken_is_wrong_usage(free_port: int) -> None:
         )
     assert second.returncode == 2
     assert f"127.0.0.1:{free_port} cannot be listened on" in second.stderr
+
+
+def test_store_that_is_lost_while_joining_is_no_end_of_the_run(free_port: int) -> None:
+    """An exit code of 1 or 2 would be taken for how the run has ended on another node."""
+    store = TCPStore(
+        "127.0.0.1", free_port, is_master=True, wait_for_workers=False
+    )  # tells nothing
+
+    assert main(asdict(member(f"127.0.0.1:{store.port}"))) == EXIT_LOST

@@ -206,6 +206,10 @@ def main(content: Mapping[str, Any]) -> int:
     code = values.pop("conclude", None)
     member = Member(**values)
     if code is None:
-        return join(member)
+        try:
+            return join(member)
+        except Exception as error:  # noqa: BLE001 torch has several for a store that is gone again
+            logger.warning("the rendezvous is gone (%s: %s)", type(error).__name__, error)
+            return EXIT_LOST
     conclude(member, code)
     return 0
