@@ -17,7 +17,7 @@ from typing import Any, Self
 import pytest
 
 from tests.elastic.harness import Training, started
-from tests.k8s.manifests import Object, arguments, named, quantity, variables
+from tests.k8s.manifests import Object, arguments, quantity, variables
 
 _CONFIG = Path(__file__).with_name("containers.conf")
 _NAMES = itertools.count()
@@ -107,7 +107,8 @@ class Cluster:
 
     def mend(self, pod: "Pod") -> None:
         """Bring it back at the same address."""
-        podman("network", "connect", "--ip", pod.address, self._mark, pod.name)
+        there = [f"--ip={pod.address}", f"--mac-address={_hardware(pod.address)}"]
+        podman("network", "connect", *there, self._mark, pod.name)
 
     def _address(self) -> str:
         return f"{self._subnet}.{next(self._hosts)}"
@@ -120,6 +121,7 @@ class Cluster:
         options = [
             f"--network={self._mark}",
             f"--ip={address}",
+            f"--mac-address={_hardware(address)}",
             "--dns=127.0.0.1",  # refuses at once, where none would be waited for
             *(f"--add-host={name}:{each}" for name, (_, each) in self._services.items()),
             f"--user={security['runAsUser']}:{security['runAsGroup']}",
@@ -171,14 +173,33 @@ class Pod:
         return podman("exec", self.name, "sh", "-c", script)
 
 
-def podman(*arguments: str) -> str:
-    """Run podman and return what it prints."""
+def _hardware(address: str) -> str:
+    """The same for whoever has an address, as nobody forgets an old one for a minute."""
+    return ":".join(["02", "00", *(f"{int(each):02x}" for each in address.split("."))])
+
+
+def podman(*arguments: str, messages: bool = False) -> str:
+    """Run podman and return what it prints; with its messages among it, if they are wanted."""
     done = subprocess.run(
-        ["podman", *arguments], capture_output=True, check=False, text=True, timeout=600,
-        env=os.environ | {"CONTAINERS_CONF": str(_CONFIG)},
+        ["podman", *arguments], check=False, text=True, timeout=600, env=settings(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT if messages else subprocess.PIPE,
     )  # fmt: skip
     assert not done.returncode, f"podman {' '.join(arguments)}:\n{done.stderr}"
     return done.stdout
+
+
+def settings() -> dict[str, str]:
+    """The environment that podman needs."""
+    return os.environ | {"CONTAINERS_CONF": str(_CONFIG)}
+
+
+def has_image() -> bool:
+    """Whether there are podman and the image."""
+    try:
+        podman("image", "exists", "localhost/trm_dist:latest")
+    except (OSError, AssertionError):
+        return False
+    return True
 
 
 @contextmanager
@@ -190,10 +211,7 @@ def cluster(objects: list[Object], directory: Path, flags: list[str]) -> Iterato
         directory: Where the output of the pods goes.
         flags: Of the trainer, after those of the manifest, of which the last one counts.
     """
-    assert named(objects, "Job")
-    try:
-        podman("image", "exists", "localhost/trm_dist:latest")
-    except (OSError, AssertionError):
+    if not has_image():
         pytest.skip("needs podman and the image (make test-image)")
     with Cluster(objects, directory, flags) as there:
         yield there

@@ -10,7 +10,7 @@ from tests.elastic.harness import DEADLINE_S, SMALL, as_arguments
 from tests.k8s.cluster import Cluster, Pod, cluster
 from tests.k8s.manifests import K8S, build
 
-pytestmark = [pytest.mark.image, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.image, pytest.mark.timeout(2400)]
 
 FLAGS = {
     name: value
@@ -33,7 +33,7 @@ def num_batches(pods: Cluster) -> int:
 
 
 def wait_for(pods: Cluster, holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + 2 * DEADLINE_S
     while not holds():
         assert time.monotonic() < deadline, f"waited too long for {what}: " + "\n".join(
             f"{pod.name} {pod.health()} {pod.running.messages()}" for pod in pods.all
