@@ -12,7 +12,7 @@ import tyro
 
 from tests.k8s.manifests import Object, arguments, named, pods, quantity, variables
 from trm_dist.cli import LaunchArguments, RendezvousArguments
-from trm_dist.errors import EXIT_GAVE_UP, EXIT_PREEMPTED, EXIT_USAGE
+from trm_dist.errors import EXIT_PREEMPTED, EXIT_USAGE
 from trm_dist.launch.supervisor import STOP_MARGIN_S
 from trm_dist.plan import estimate, make_plan
 
@@ -208,7 +208,7 @@ def _exit_codes_are_ours(objects: list[Object]) -> Iterator[str]:
         if "onExitCodes" in rule
         for code in rule["onExitCodes"]["values"]
     }
-    if acted != {EXIT_GAVE_UP: "FailJob", EXIT_USAGE: "FailJob", EXIT_PREEMPTED: "Ignore"}:
+    if acted != {EXIT_USAGE: "FailJob", EXIT_PREEMPTED: "Ignore"}:
         yield f"exit codes are taken for {acted}"
 
 
