@@ -22,6 +22,8 @@ EXIT_LOST = 75
 """Of a worker that has lost another one, or of an agent that has lost its rendezvous."""
 EXIT_HOPELESS = 76
 """Of a worker under `trm_dist launch` whose failure a restart would meet again; becomes 1."""
+EXIT_REPLACED = 77
+"""Of a writer under `trm_dist launch` that another group of its own job has replaced."""
 EXIT_INTERRUPTED = 130
 EXIT_PREEMPTED = 143
 

@@ -20,7 +20,7 @@ from trm_dist.checkpoint.journal import Journal
 from trm_dist.checkpoint.manager import CheckpointManager, Inherited, Snapshots
 from trm_dist.checkpoint.memory import Slots, SnapshotDir, remove_if_unlocked, take_slots
 from trm_dist.checkpoint.resume import remembered
-from trm_dist.checkpoint.runs import Run, excuse
+from trm_dist.checkpoint.runs import Run, excuse, is_of_launch, read_run
 from trm_dist.checkpoint.snapshot import Flat
 from trm_dist.checkpoint.store import Store, open_store
 from trm_dist.config import CheckpointConfig, Config, LogConfig, flag
@@ -45,6 +45,7 @@ from trm_dist.errors import (
     EXIT_GAVE_UP,
     EXIT_HOPELESS,
     EXIT_LOST,
+    EXIT_REPLACED,
     EXIT_USAGE,
     ConfigError,
     FencedError,
@@ -296,6 +297,7 @@ def _plan_as_writer(
                 deadline_s=checkpoint.store_deadline,
                 keep_last=checkpoint.keep_last,
                 keep_every=checkpoint.keep_every,
+                launch_id=launch_id(os.environ),
             )
             if store.entries() == seen:
                 break
@@ -412,7 +414,20 @@ def _give_up(error: Exception, saving: _Saving, listener: StopListener) -> NoRet
     if manager and not is_safe_in_memory and not isinstance(error, StoreError | FencedError):
         _save_newest(manager, saving)
         _end_ledger(saving)
+    if isinstance(error, FencedError) and _is_replaced_by_own_launch(saving):
+        _leave(EXIT_REPLACED)
     _leave(_exit_code(error, is_lost_worker=is_lost_worker))
+
+
+def _is_replaced_by_own_launch(saving: _Saving) -> bool:
+    """Tell whether another group of workers of this launch writes now: all must meet anew."""
+    if saving.store is None or not is_under_launch(os.environ):
+        return False
+    try:
+        newer = read_run(saving.store)
+    except OSError:
+        return False
+    return newer is not None and is_of_launch(newer, launch_id(os.environ))
 
 
 def _in_words(error: Exception) -> str:

@@ -5,9 +5,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 
 from torch.distributed import TCPStore
 
+from tests.elastic.harness import Undisturbed, training
+from tests.elastic.test_kill import assert_same_bits
+from trm_dist.checkpoint.runs import claim, new_writer, read_run
+from trm_dist.checkpoint.store import open_store
 from trm_dist.errors import EXIT_LOST
 from trm_dist.launch.membership import (
     Member,
@@ -88,3 +93,40 @@ def test_store_that_is_lost_while_joining_is_no_end_of_the_run(free_port: int) -
     )  # tells nothing
 
     assert main(asdict(member(f"127.0.0.1:{store.port}"))) == EXIT_LOST
+
+
+def test_writer_that_a_group_of_its_own_job_has_replaced_meets_it_anew(
+    directory: Path, undisturbed: Undisturbed, free_port: int
+) -> None:
+    with (
+        rendezvous(free_port) as endpoint,
+        training(
+            directory, launch=2, flags={"--rdzv-endpoint": endpoint, "--rdzv-id": "job"}
+        ) as run,
+    ):
+        run.wait_for_batches(10)
+        store = open_store(str(directory))
+        before = read_run(store)
+        assert before is not None
+        claim(store, before, new_writer("job"))  # as a node does that has not seen this one
+        assert run.end() == 0, run.messages()
+        assert_same_bits([run], undisturbed)
+    assert "all meet anew" in run.errors.read_text()
+    assert len(run.events("started")) == 2
+
+
+def test_writer_of_another_job_ends_this_one(directory: Path, free_port: int) -> None:
+    with (
+        rendezvous(free_port) as endpoint,
+        training(
+            directory, launch=1, flags={"--rdzv-endpoint": endpoint, "--rdzv-id": "job"}
+        ) as run,
+    ):
+        run.wait_for_batches(10)
+        store = open_store(str(directory))
+        before = read_run(store)
+        assert before is not None
+        claim(store, before, new_writer("another job"))
+        assert run.end() == 1
+    assert "another writer has taken over" in run.errors.read_text()
+    assert len(run.events("started")) == 1

@@ -61,7 +61,9 @@ class PersisterClient:
         self._complaints: IO[bytes] | None = None
         """What a persister of ours says before it dies; nobody else would hear it."""
 
-    def open(self, run: Run, *, deadline_s: float, keep_last: int, keep_every: int) -> Run:
+    def open(
+        self, run: Run, *, deadline_s: float, keep_last: int, keep_every: int, launch_id: str = ""
+    ) -> Run:
         """Become the only writer of a run.
 
         Returns:
@@ -72,7 +74,7 @@ class PersisterClient:
         """
         self._opening = {
             "do": "open", "is_mending": False, "url": self._url,
-            "run": asdict(run), "writer": new_writer(), "guardian": self._guardian,
+            "run": asdict(run), "writer": new_writer(launch_id), "guardian": self._guardian,
             "deadline_s": deadline_s, "keep_last": keep_last, "keep_every": keep_every,
         }  # fmt: skip
         run = self._start()

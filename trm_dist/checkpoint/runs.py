@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
 from typing import Any, Self
 
 from trm_dist.checkpoint.store import HIDDEN, Guard, Store
@@ -45,7 +46,7 @@ class Run:
     generation: int = 0
     """Number of the writer, over all branches; 0: none yet."""
     writer: str = ""
-    """Host, process and a word of the writer's own."""
+    """Host, process, a word of the writer's own, and a mark of its launch."""
     starts_at: int = 0
     """Batches of the run that were complete when its writer has started."""
     failures: int = 0
@@ -122,9 +123,22 @@ def read_run(store: Store) -> Run | None:
     return _parse(_read_record(store))
 
 
-def new_writer() -> str:
-    """Return a name for the writer that this process is about to become."""
-    return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(8)}"
+def new_writer(launch_id: str = "") -> str:
+    """Return a name for the writer that this process is about to become.
+
+    Args:
+        launch_id: Of its launch; see `is_of_launch`.
+    """
+    return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(8)}:{_mark(launch_id)}"
+
+
+def is_of_launch(run: Run, launch_id: str) -> bool:
+    """Tell whether the writer of a run belongs to a launch."""
+    return run.writer.rpartition(":")[2] == _mark(launch_id)
+
+
+def _mark(launch_id: str) -> str:
+    return blake2b(launch_id.encode(), digest_size=4).hexdigest()
 
 
 def claim(store: Store, run: Run, writer: str, *, is_mending: bool = False) -> Run:

@@ -197,16 +197,22 @@ def _run(
 
 
 def main(content: Mapping[str, Any]) -> int:
-    """Do what the supervisor says: take part, or tell the others how the run has ended."""
+    """Do what the supervisor says: take part, or tell the others how the run has ended.
+
+    With `move_on` everyone is moved on to the next generation before.
+    """
     logging.basicConfig(
         level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s",
         datefmt="%H:%M:%S", stream=sys.stderr, force=True,
     )  # fmt: skip
     values = dict(content)
-    code = values.pop("conclude", None)
+    code, moves_on = values.pop("conclude", None), values.pop("move_on", False)
     member = Member(**values)
     if code is None:
         try:
+            if moves_on and member.endpoint:
+                store = connect(member.endpoint)
+                move_on(store, member.job, current(store, member.job))
             return join(member)
         except Exception as error:  # noqa: BLE001 torch has several for a store that is gone again
             logger.warning("the rendezvous is gone (%s: %s)", type(error).__name__, error)

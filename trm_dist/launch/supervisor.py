@@ -33,6 +33,7 @@ from trm_dist.errors import (
     EXIT_INTERRUPTED,
     EXIT_LOST,
     EXIT_PREEMPTED,
+    EXIT_REPLACED,
     EXIT_USAGE,
 )
 from trm_dist.launch.health import serve_health
@@ -47,6 +48,8 @@ STOP_MARGIN_S = 5
 """What ending the processes may take after the grace period."""
 _HUNG_TIMES, _HUNG_MORE_S = 1.2, 5.0
 """How much longer than its own watchdog the supervisor waits for a worker."""
+_MOST_REPLACED = 10
+"""How often a node meets the others anew; two jobs of one name would take turns for ever."""
 _FINISH_S = 15.0
 """How long an agent may wait for the other nodes after its workers have finished."""
 
@@ -72,6 +75,9 @@ class Supervisor:
         """The newest failure, in words."""
         self._has_agent = False
         self._agent_failures = 0
+        self._num_replaced = 0
+        self._moves_on = False
+        """Whether all nodes must meet anew."""
         self._state = "starting"
         self._deadline_s = 0.0
 
@@ -139,7 +145,10 @@ class Supervisor:
             is_all = self._num_finished == self._job.member.num_workers
             return await self._finish() if is_all else None
         self._num_finished = 0
-        if code in {EXIT_USAGE, EXIT_HOPELESS}:
+        if code == EXIT_REPLACED and self._num_replaced < _MOST_REPLACED:
+            self._meet_anew(event["rank"])
+            return None
+        if code in {EXIT_USAGE, EXIT_HOPELESS, EXIT_REPLACED}:
             return await self._give_up(EXIT_USAGE if code == EXIT_USAGE else EXIT_GAVE_UP)
         if code in {EXIT_PREEMPTED, EXIT_INTERRUPTED}:
             logger.warning(
@@ -148,6 +157,13 @@ class Supervisor:
         elif not (event["was_killed"] or code == EXIT_LOST or self._has_failed):
             return await self._count_failure(event)
         return None
+
+    def _meet_anew(self, rank: int) -> None:
+        """Bring together the groups into which the workers of this job have split."""
+        logger.warning("worker %d was replaced by another group of this job; all meet anew", rank)
+        self._num_replaced += 1
+        self._moves_on = True
+        self._send({"do": "leave"})
 
     async def _count_failure(self, event: dict[str, Any]) -> int | None:
         """Hear of the first failure in a group of workers; the others are its consequences."""
@@ -315,7 +331,8 @@ class Supervisor:
     async def _join(self) -> None:
         self._state, self._has_agent = "meeting", True
         self._num_finished = 0
-        self._send({"do": "join"} | self._message())
+        self._send({"do": "join", "move_on": self._moves_on} | self._message())
+        self._moves_on = False
 
     def _message(self) -> dict[str, Any]:
         stub = os.path.join(os.path.dirname(__file__), "stub.py")

@@ -120,6 +120,9 @@ class Zygote:
                 self._is_stopping = True
                 if self._agent_pid:
                     os.kill(self._agent_pid, content["signal"])
+            case "leave":
+                if self._agent_pid:
+                    os.kill(self._agent_pid, signal.SIGTERM)
             case "kill":
                 self._blame(f"worker {content['rank']}", content["error"])
                 self._kill(content["pid"])
