@@ -16,6 +16,8 @@ def configure(*, rank: int, world_size: int) -> None:
         stream=sys.stderr,
         force=True,
     )
+    for name in ("botocore", "aiobotocore"):  # where each key was found is not news
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _fresh_line() -> str:

@@ -159,7 +159,8 @@ def estimate(plan: Plan) -> dict[str, int]:
     with torch.device("meta"):
         module = Trm(plan.shape, seed=0)
     count = num_parameters(module)
-    checkpoint = (2 + _OPTIMIZER_SHARE) * count * 4
+    num_vectors = plan.shape.num_puzzles * plan.shape.puzzle_emb_ndim
+    checkpoint = ((2 + _OPTIMIZER_SHARE) * count + num_vectors) * 4
     checkpoint += curves.NUM_BYTES if plan.config.log.tensorboard else 0
     own_names = plan.total_batches // plan.config.checkpoint.checkpoint_interval
     if plan.config.checkpoint.keep_last:

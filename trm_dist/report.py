@@ -17,7 +17,7 @@ from trm_dist.checkpoint.catalog import find_checkpoints
 from trm_dist.checkpoint.journal import read_journals
 from trm_dist.checkpoint.names import parse_epoch_name
 from trm_dist.checkpoint.runs import Run, read_run
-from trm_dist.checkpoint.store import Store, open_store
+from trm_dist.checkpoint.store import Store, open_store, split_url
 from trm_dist.errors import UserError
 from trm_dist.logs import say
 from trm_dist.observe.charts import Chart, chart, columns, duration, number, y_range_of
@@ -105,6 +105,12 @@ class Story:
         return newest.spans[-1].last if newest and newest.spans else 0
 
     @property
+    def interruptions(self) -> int:
+        """How often training was interrupted; a run that has finished and goes on was not."""
+        training = [each for each in self.starts if each.training]
+        return sum(each.reason != FINISHED for each in training[:-1])
+
+    @property
     def state(self) -> str:
         """How it stands, in words."""
         last = self.starts[-1]
@@ -172,8 +178,17 @@ def tell_story(url: str, *, is_verifying: bool) -> Story:
         )
     while not starts[0].training and starts[0].last_at < run.created_at:
         starts = starts[1:]  # of the run before
-    checkpoints = list(_checkpoints(store, is_verifying=is_verifying))
+    while len(starts) > 1 and starts[-2].reason == FINISHED and not _has_trained(starts[-1]):
+        starts = starts[:-1]  # it has only seen that all is done
+    try:
+        checkpoints = list(_checkpoints(store, is_verifying=is_verifying))
+    except OSError as error:
+        raise UserError(f"{url} cannot be read: {error}. Check the path.") from error
     return Story(store.url, run, starts, account(starts), checkpoints, time.time())
+
+
+def _has_trained(start: Start) -> bool:
+    return any(each.last > each.first for each in start.spans)
 
 
 def _checkpoints(store: Store, *, is_verifying: bool) -> Iterable[Checkpoint]:
@@ -267,7 +282,7 @@ def table(story: Story) -> Iterable[str]:
 
 def summary(story: Story) -> str:
     """Return the run in one sentence or two."""
-    again = len([each for each in story.starts if each.training]) - 1
+    again = story.interruptions
     goodput, lost = story.account.goodput, story.account.seconds[Spent.LOST_WORK]
     interrupted = {0: "It was never interrupted", 1: "It was interrupted once"}.get(
         again, f"It was interrupted {again} times"
@@ -385,11 +400,13 @@ def _when(seconds: float) -> str:
 
 
 def _write_page(url: str, story: Story) -> None:
-    import fsspec
-
-    content = page(story)
+    content = page(story).encode()
     try:
-        with fsspec.open(url, "w", encoding="utf-8") as file:
-            file.write(content)
-    except (OSError, ValueError) as error:
+        if "://" in url:
+            directory, name = split_url(url)
+            open_store(directory).put(name, [content])
+        else:  # a store leaves a folder of its own beside
+            with open(url, "wb") as file:
+                file.write(content)
+    except OSError as error:
         raise UserError(f"--output {url} cannot be written: {error}. Choose another.") from error

@@ -131,7 +131,7 @@ class Trainer:
         plan = self._plan
         subject = {
             "run": (plan.start.run.run_id, plan.start.run.branch),
-            "dataset": plan.dataset.sha256,
+            "dataset": plan.dataset.sha256 + plan.dataset.puzzles_sha256,
             "config": plan.config.exact(),
         }
         return LossLog(buffer, subject, environment(plan.config))

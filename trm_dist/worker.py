@@ -100,6 +100,8 @@ class _Saving:
     grace_s: float = 0.0
     store: Store | None = None
     run: Run | None = None
+    is_saved: bool = False
+    """Whether the newest captured state is in the store, for good."""
     journal: Journal | None = None
     ledger: Ledger | None = None
 
@@ -156,8 +158,8 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
         trainer.run(saving.manager or snapshots, saving.manager, losses)
     except Exception as error:  # noqa: BLE001 the border: whatever it was, the newest state is kept
         _give_up(error, saving, listener)
+    saving.is_saved = True
     _end_ledger(saving)
-    _forget_snapshots(saving)
     _leave(0)
 
 
@@ -176,11 +178,13 @@ def _open_ledger(environment: Mapping[str, str]) -> tuple[Journal, Ledger]:
 
 
 def _end_ledger(saving: _Saving) -> None:
-    """Write that this start ends here, and have that kept next to the checkpoints."""
+    """Write that this start ends here, have that kept next to the checkpoints, and let go."""
     if saving.ledger:
         saving.ledger.end()
     if saving.manager:
         saving.manager.keep_journal(_KEEP_S)
+    if saving.is_saved:
+        _forget_snapshots(saving)
 
 
 def _listeners(config: LogConfig, pulse: Pulse) -> Emit:
@@ -348,17 +352,20 @@ def _forget_snapshots(saving: _Saving) -> None:
 
 def _stop(signum: int, saving: _Saving) -> NoReturn:
     """End this worker for a signal: no collective, no agreement, the newest state saved."""
-    manager = saving.manager
-    if saving.ledger:
-        saving.ledger.stop(signal.Signals(signum).name)
-    if manager:
-        if manager.freeze(saving.grace_s):
-            _save_newest(manager, saving)
-        if manager.captured and manager.captured == manager.first:
-            _excuse(saving)
-        if manager.captured:
-            saving.emit(Stopped(progress=manager.captured, reason=signal.Signals(signum).name))
-    _end_ledger(saving)
+    manager, name = saving.manager, signal.Signals(signum).name
+    try:
+        if saving.ledger:
+            saving.ledger.stop(name)
+        if manager:
+            if manager.freeze(saving.grace_s):
+                _save_newest(manager, saving)
+            if manager.captured and manager.captured == manager.first:
+                _excuse(saving)
+            if manager.captured:
+                saving.emit(Stopped(progress=manager.captured, reason=name))
+        _end_ledger(saving)
+    except Exception:  # whatever happens, this process ends
+        logger.exception("the stop has not gone as it should")
     _leave(exit_code(signum))
 
 
@@ -376,7 +383,7 @@ def _save_newest(manager: CheckpointManager, saving: _Saving) -> None:
     """Keep this process alive until the persister has committed, or the grace period is over."""
     try:
         if manager.save_newest(saving.grace_s):
-            _forget_snapshots(saving)
+            saving.is_saved = True
             return
     except TrmDistError as error:
         tell(str(error))

@@ -180,6 +180,43 @@ def test_segments_follow_each_other_without_gap_or_overlap() -> None:
     assert found.total_s == 211 - 100 == math.fsum(found.seconds.values())
 
 
+def test_reason_of_a_stop_outlives_a_batch_that_is_completed_after_it() -> None:
+    life = Life(0.0)
+    life.train_from(0)
+    life.ledger.spend(Spent.PRODUCTIVE)
+    life.ledger.stop("SIGTERM")
+    life.batch(20)  # long enough to begin another line
+    life.ledger.end()
+
+    assert life.start().reason == "SIGTERM"
+
+
+def test_time_after_the_run_has_finished_does_not_count() -> None:
+    first, more = Life(0.0), Life(1000.0)
+    first.train_from(0)
+    first.batch(8)
+    first.finish()
+    more.train_from(1)  # as more epochs were asked for
+    more.batch(8)
+
+    found = account([first.start(), more.start()])
+
+    assert seconds(found) == {"productive": 16}
+    assert found.total_s == 16
+    assert [each.since for each in found.segments] == [0, 8]
+
+
+@pytest.mark.parametrize("missing", ["seconds", "last"])
+def test_line_that_lacks_something_is_left_out(missing: str) -> None:
+    lines = [json.loads(line) for line in one_life().read().splitlines()]
+    lines[-1].pop(missing)
+
+    found = parse(b"".join(json.dumps(each).encode() + b"\n" for each in lines))
+
+    assert found is not None
+    assert len(found.spans) == len(one_life().start().spans) - 1
+
+
 def test_no_start_has_no_time() -> None:
     found = account([])
 

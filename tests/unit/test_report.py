@@ -175,6 +175,38 @@ def test_stop_after_which_the_same_torchrun_has_gone_on_was_its_own(tmp_path: Pa
     assert story.ending(1) == "was told to stop (SIGTERM)"
 
 
+def test_start_that_finds_all_done_changes_nothing(directory: Path) -> None:
+    again = Life(4000.0)
+    again.train_from(10)
+    again.finish()
+    again.leave_in(directory)
+
+    story = tell_story(str(directory), is_verifying=False)
+
+    assert len(story.starts) == 3
+    assert story.account.total_s == 38
+    assert story.interruptions == 2
+
+
+def test_run_that_goes_on_after_its_end_was_not_interrupted_by_it(directory: Path) -> None:
+    more = Life(4000.0)
+    more.train_from(10)
+    more.batch(2)
+    more.leave_in(directory)
+
+    story = tell_story(str(directory), is_verifying=False)
+
+    assert story.account.total_s == 40
+    assert story.interruptions == 2
+
+
+def test_page_that_has_no_store_is_a_user_error(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["report", str(directory), "--output", "nosuch://bucket/report.html"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 def test_loss_of_lost_work_is_not_part_of_the_curve(tmp_path: Path) -> None:
     first, second = Life(100.0), Life(120.0)
     first.train_from(0)

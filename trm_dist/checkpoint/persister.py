@@ -26,7 +26,7 @@ import struct
 import sys
 import traceback
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
 from trm_dist.checkpoint.archive import plain
@@ -290,6 +290,7 @@ class Persister:
                     self._jobs = [each for each in self._jobs if each.writer is not job.writer]
                     continue
                 self._tell({"is": "fenced", "error": str(error)})
+                await self._keep_journals(job.writer.store)
                 self._ended.set()
                 return
             except Exception as error:  # noqa: BLE001 any failure of a store is tried again
@@ -341,11 +342,12 @@ class Persister:
     async def _keep_journals(self, store: Store) -> None:
         """Bring the copies up to date; those that a store refuses wait for the next time."""
         for journal in list(self._journals):
+            is_over = journal is not self._journals[-1]  # nobody writes there any more
             try:
                 await asyncio.to_thread(journal.keep, store)
             except OSError:
                 return
-            if journal is not self._journals[-1]:  # nobody writes there any more
+            if is_over and journal in self._journals:
                 self._journals.remove(journal)
                 journal.close()
 
@@ -366,8 +368,10 @@ def _as_recorded(store: Store, run: Run) -> Run | None:
         found = read_run(store)
     except OSError:
         return run
-    is_ours = found is not None and (found.generation, found.writer) == (run.generation, run.writer)
-    return found if is_ours else None
+    if found is None or (found.generation, found.writer) != (run.generation, run.writer):
+        return None
+    # What it counts may not be written yet; whether it was preempted is written by the trainer.
+    return replace(run, was_preempted=found.was_preempted)
 
 
 def main(address: str) -> NoReturn:

@@ -65,7 +65,6 @@ class EventFiles:
         """
         self._store, self._guard = store, guard
         self.folder = f"{FOLDER}/{run.run_id[:8]}-{run.branch}"
-        self._written: dict[str, int] | None = None
 
     def write(self, header: bytes, body: memoryview) -> None:
         """Write what is new in a snapshot; one without curves has nothing.
@@ -74,16 +73,15 @@ class EventFiles:
             OSError: The store failed; what is missing is written with a later snapshot.
             FencedError: Another writer has taken over.
         """
-        for series, points in curves_of(header, body).items():
-            if self._written is None:
-                self._written = self._read_record()
-            rows = points.after(self._written.get(series, 0))
+        found = curves_of(header, body)
+        written = self._read_record() if found else {}
+        for series, points in found.items():
+            rows = points.after(int(written.get(series, 0)))
             if rows:
                 name = f"{self.folder}/{series}/events.out.tfevents.{int(rows[0][0]):012d}"
                 self._store.put(name, [encode(points.tags, rows)], self._guard)
-                written = self._written | {series: int(rows[-1][0])}
+                written[series] = int(rows[-1][0])
                 self._store.put(self._record, [json.dumps(written).encode()], self._guard)
-                self._written = written
 
     @property
     def _record(self) -> str:
@@ -91,10 +89,10 @@ class EventFiles:
 
     def _read_record(self) -> dict[str, int]:
         try:
-            found: dict[str, int] = json.loads(bytes(self._store.read(self._record)))
-        except FileNotFoundError:
+            found = json.loads(bytes(self._store.read(self._record)))
+        except (FileNotFoundError, ValueError):  # one that is damaged: all points once more
             return {}
-        return found
+        return dict(found) if isinstance(found, dict) else {}
 
 
 def curves_of(header: bytes, body: memoryview) -> dict[str, Points]:

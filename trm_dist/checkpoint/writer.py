@@ -51,15 +51,22 @@ class Writer:
             FencedError: Another writer has taken over.
         """
         started_s = time.monotonic()
-        self._event_files.write(held.header, held.body)
         pieces, summary = encode(held.header, held.body)
         names = publish(self.store, pieces, own_names=own_names, summary=summary, guard=self._guard)
         seconds = time.monotonic() - started_s
         digits = bytes(pieces[-1][-32:]).decode()
         self._known_good |= {(name, digits) for name in names}
         self._apply_retention()
+        self._write_curves(held)
         progress = {name: summary[name] for name in COUNTERS}
         return Commit(progress, names, sum(map(len, pieces)), seconds)
+
+    def _write_curves(self, held: Held) -> None:
+        """Write what is new for TensorBoard; what fails is written with a later snapshot."""
+        try:
+            self._event_files.write(held.header, held.body)
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            logger.warning("event files could not be written: %s", error)
 
     def _apply_retention(self) -> None:
         """Delete what is no longer needed; trouble with it never stops training."""

@@ -125,6 +125,8 @@ class _Text:
             except json.JSONDecodeError as error:
                 if self._is_end or not self._may_be_cut(error):
                     raise self.broken(error.msg, error.pos) from error
+            except (ValueError, RecursionError) as error:  # a huge number, a bottomless value
+                raise self.broken(str(error)) from error
             else:
                 if self._is_end or not _NUMBER_PARTS.fullmatch(self._window, end):
                     self._at = end

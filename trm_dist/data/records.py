@@ -156,6 +156,8 @@ def _json(url: str, raw: bytes, line: int) -> Any:
         raise _not_json(url, error.msg, line, error.colno) from error
     except UnicodeDecodeError as error:
         raise _not_text(url, error) from error
+    except (ValueError, RecursionError) as error:  # a huge number, a bottomless value
+        raise _not_json(url, error, line, 1) from error
 
 
 def _not_json(url: str, reason: object, line: int, column: int) -> DataError:

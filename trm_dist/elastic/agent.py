@@ -56,7 +56,9 @@ def launched_at(environment: Mapping[str, str]) -> float:
     """Return when whoever starts the workers was started; seconds since the epoch."""
     if LAUNCHED_AT in environment:
         return float(environment[LAUNCHED_AT])
-    return started_at(guardian(environment))
+    with suppress(OSError):  # a parent outside of this container cannot be seen
+        return started_at(guardian(environment))
+    return started_at(os.getpid())
 
 
 def num_restarts(environment: Mapping[str, str]) -> int:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -55,11 +56,12 @@ class Bar:
             self._rate.add(event.num_samples, event.seconds)
         elif isinstance(event, events.Committed):
             self._committed = event.progress.batch_count, self._clock()
-        if self._line:
+        if self._line and not isinstance(event, events.Committed):  # which tells of the past
             self._line.n = event.progress.batch_count
             self._line.epoch = event.progress.epoch
-            if isinstance(event, events.Stopped | events.Finished):
-                self._ended.set()
+        if self._line and isinstance(event, events.Stopped | events.Finished):
+            self._ended.set()
+            with suppress(OSError):  # a terminal that takes nothing ends nothing
                 self._line.close()
 
     def _start(self, event: events.Started) -> None:
@@ -68,13 +70,14 @@ class Bar:
         self._world_size, self._restarts = event.world_size, event.restarts
         tqdm.set_lock(threading.RLock())  # its own would be shared with other processes
         tqdm.monitor_interval = 0
-        self._line = _Line(self._file, event.total_batches, self._values)
+        with suppress(OSError):
+            self._line = _Line(self._file, event.total_batches, self._values)
         threading.Thread(target=self._keep_drawing, name="bar", daemon=True).start()
 
     def _keep_drawing(self) -> None:
-        assert self._line is not None, "it has started"
-        while not self._ended.wait(_REDRAW_S):
-            self._line.refresh()
+        while self._line and not self._ended.wait(_REDRAW_S):
+            with suppress(OSError):
+                self._line.refresh()
 
     def _values(self, at: int, epoch: int, columns: int) -> dict[str, str]:
         """Return the texts left and right of the bar."""

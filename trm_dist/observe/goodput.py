@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trm_dist.observe.ledger import Spent
+from trm_dist.observe.ledger import FINISHED, Spent
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,9 @@ class Span:
     commit_failures: int = 0
     skipped: int = 0
     diverged: int = 0
+
+
+_NEEDED = {"since", "until", "first", "last", "seconds"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,7 @@ def parse(data: bytes) -> Start | None:
         spans=[
             Span(**{name: value for name, value in each.items() if name in known})
             for each in found["span"]
+            if each.keys() >= _NEEDED
         ],
         training=found["training"][-1] if found["training"] else {},
         reason=last.get("reason", ""),
@@ -132,21 +136,24 @@ def _records(data: bytes) -> Iterable[dict[str, Any]]:
 
 
 def account(starts: Sequence[Start]) -> Account:
-    """Add up where the time went.
+    """Add up where the time went; what passes after the run has finished does not count.
 
     Args:
         starts: Of one run, oldest first.
     """
     segments: list[Segment] = []
     floors = _floors(starts)
+    skipped_s = 0.0
     begins = [_begin(start, before) for start, before in zip(starts, [None, *starts], strict=False)]
     for number, start in enumerate(starts):
-        at = begins[number]
+        if number and starts[number - 1].reason == FINISHED:  # nothing was to be done meanwhile
+            skipped_s += max(0.0, begins[number] - starts[number - 1].last_at)
+        at = begins[number] - skipped_s
         if segments and at > segments[-1].until:
             segments.append(Segment(segments[-1].until, at, Spent.DOWN, number))
         # Two writers at once: the older one's time is over when the newer one begins.
-        end = min([*begins[number + 1 :], start.last_at])
-        before = (Spent.STARTUP, start.started_at - at)
+        end = min([*begins[number + 1 :], start.last_at]) - skipped_s
+        before = (Spent.STARTUP, start.started_at - begins[number])
         pieces = [before, *_pieces(start, floors[number])]
         segments += _cut(pieces, at, end, number)
     seconds = dict.fromkeys(map(str, Spent), 0.0)

@@ -118,6 +118,8 @@ class Ledger:
         self._spent = Spent.STARTUP
         self._since = started_at
         self._is_stopping = self._is_ended = False
+        self._ending: dict[str, str] = {}
+        """What the last line says of how this start has ended."""
         self._batch_count = 0
         self._write({
             "is": "start", "version": VERSION, "host": socket.gethostname(), "pid": os.getpid(),
@@ -167,7 +169,7 @@ class Ledger:
             if not self._is_ended:
                 self._pass_time()
                 self._spent, self._is_stopping = Spent.SAVE_STALL, True
-                self._line.more["reason"] = reason
+                self._ending = {"reason": reason}
                 self._write_span()
 
     def end(self) -> None:
@@ -217,7 +219,7 @@ class Ledger:
         self._line.more["committed"] = event.progress.batch_count
 
     def _finish(self, event: events.Finished) -> None:
-        self._line.more |= {"reason": FINISHED, "digest": event.digest}
+        self._ending = {"reason": FINISHED, "digest": event.digest}
 
     # -- time --------------------------------------------------------------------------------------
 
@@ -243,7 +245,7 @@ class Ledger:
         self._write({
             "is": "span", "since": line.since, "until": self._since,
             "first": line.first, "last": self._batch_count, "seconds": line.seconds,
-            "unfinished": line.unfinished, **line.means(), **line.more,
+            "unfinished": line.unfinished, **line.means(), **line.more, **self._ending,
         })  # fmt: skip
 
     def _write(self, record: Mapping[str, Any]) -> None:

@@ -74,7 +74,8 @@ class Metrics:
 
     def __call__(self, event: Event) -> None:
         """Take over what an event says."""
-        self._show_progress(event.progress)
+        if not isinstance(event, events.Committed):  # which tells of the past
+            self._show_progress(event.progress)
         take = _TAKE.get(type(event))
         if take:
             take(self, event)
