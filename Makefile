@@ -26,8 +26,9 @@ train: $(READY)
 demo: $(READY)
 	$(BIN)/python -m tests.demo
 
+# Two files at a time: most tests wait for processes to start.
 test: $(READY)
-	$(BIN)/python -m pytest -m 'not soak and not image'
+	$(BIN)/python -m pytest -m 'not soak and not image' -n 2 --dist loadfile
 
 test-unit: $(READY)
 	$(BIN)/python -m pytest tests/unit
