@@ -32,6 +32,7 @@ def finish(directory: Path, command: list[str]) -> Training:
         return run
 
 
+@pytest.mark.soak  # the checkpoint guide runs it as well
 def test_guides_main_script_trains_and_resumes(tmp_path: Path, records: Path) -> None:
     directory = tmp_path / "checkpoints"
     script = [*TORCHRUN, str(ROOT / "launch/train_model.py"), "--dataset", str(records)]

@@ -57,7 +57,7 @@ def test_workers_beyond_the_shards_keep_pace_and_change_nothing(directory: Path)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("count", [5, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.soak)])
 def test_many_kills_of_workers_in_one_run_change_nothing(
     directory: Path, undisturbed: Undisturbed, count: int
 ) -> None:

@@ -190,7 +190,8 @@ def test_worker_that_fails_again_and_again_ends_torchrun(directory: Path) -> Non
     assert "failed 2 times in a row after batch 0" in run.errors.read_text()
 
 
-@pytest.mark.parametrize("launch", [pytest.param(0, marks=pytest.mark.soak), 1])
+@pytest.mark.soak  # within one launch: the two tests before
+@pytest.mark.parametrize("launch", [0, 1])
 def test_failures_count_over_launches_and_preemptions_do_not(directory: Path, launch: int) -> None:
     def start(signum: int, *, flags: dict[str, str]) -> tuple[int, str]:
         with training(directory, launch=launch, base=SLOW_BASE, flags=flags) as run:
@@ -298,8 +299,7 @@ def test_workers_are_commands_where_forking_is_not_safe(
 @pytest.mark.parametrize(
     "flags",
     [
-        {"--optim": "adam-atan2"},
-        {"--precision": "bf16"},
+        {"--optim": "adam-atan2", "--precision": "bf16"},
         {
             "--dataset": "sudoku9:train?count=9",
             "--eval-dataset": "sudoku9:test?count=3",

@@ -228,6 +228,7 @@ def assert_same_beginning(runs: list[Training], undisturbed: Undisturbed) -> Non
 # -- a store that takes its time -------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_crashes_more_frequent_than_publishes_still_get_one_committed(
     directory: Path, undisturbed: Undisturbed
 ) -> None:

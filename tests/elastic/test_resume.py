@@ -144,7 +144,7 @@ FAR_RESUME = """
     settings = resolve(config, (), None)
     settings = settings.with_derived(**derived_sizes(config, seq_len=16))
     start = Start(Run.fresh(""), "", None)
-    plan = Plan(settings, start, data, None, shape_of(settings.config, 6))
+    plan = Plan(settings, start, data, None, shape_of(settings.config, 6, 0))
     pulse = Pulse.of_worker({}, 0, 0.0)
     group = form_group(World(), os.environ, 60)
     trainer = Trainer(plan, group, lambda event: None, pulse, lambda spent: None)
