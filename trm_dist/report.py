@@ -40,7 +40,7 @@ EXPLAINED = {
     Spent.PRODUCTIVE: "training of batches that are part of the newest state",
     Spent.STARTUP: "starting processes, imports, planning, opening the data",
     Spent.RENDEZVOUS: "waiting for all workers to meet",
-    Spent.RESTORE: "reading the newest state and giving it to all workers",
+    Spent.RESTORE: "reading the newest state, building the model, giving it to all workers",
     Spent.DATA_WAIT: "waiting for the samples of a batch",
     Spent.SAVE_STALL: "training stood still for a copy of the state or for the store",
     Spent.EVALUATION: "evaluating the averaged weights",

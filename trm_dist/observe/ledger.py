@@ -45,7 +45,7 @@ class Spent(StrEnum):
     RENDEZVOUS = "rendezvous"
     """Until all workers have formed their group."""
     RESTORE = "restore"
-    """Reading the newest state and giving it to all workers."""
+    """Reading the newest state, building the model, and giving it to all workers."""
     DATA_WAIT = "data_wait"
     SAVE_STALL = "save_stall"
     """Training stands still for a copy or for the store."""
