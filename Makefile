@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train demo test test-unit test-elastic test-s3 soak bench-checkpoints bench-reduction bench-recovery lint type layers check test-k8s test-image scan
+.PHONY: setup train demo test test-unit test-elastic test-s3 soak bench-checkpoints bench-step bench-reduction bench-recovery lint type layers check test-k8s test-image scan
 
 setup: $(READY)
 
@@ -69,6 +69,11 @@ bench-checkpoints: .venv-bench/.ready
 	.venv-bench/bin/python -m tests.benchmarks.loading resume
 	.venv-bench/bin/python -m tests.benchmarks.loading s3
 
+# Samples a second of a training step, beside tiny-recursive-model and plain code (10 minutes).
+bench-step: .venv-bench/.ready
+	.venv-bench/bin/python -m tests.benchmarks.step
+	.venv-bench/bin/torchrun --nproc_per_node=2 -m tests.benchmarks.step 128
+
 # What the fixed order of sums costs, beside native DDP, with 1 to 5 workers.
 bench-reduction: $(READY)
 	$(BIN)/python -m tests.benchmarks.reduction 256 24
@@ -84,7 +89,7 @@ bench-recovery: $(READY)
 .venv-bench/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
-	    -e '.[dev]' lightning==2.6.6
+	    -e '.[dev]' lightning==2.6.6 tiny-recursive-model==0.0.15
 	touch .venv-bench/.ready
 
 # Fifty finished runs, and the other tests that take long.

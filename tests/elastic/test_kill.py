@@ -43,6 +43,7 @@ def test_digest_is_the_same_at_every_world_size(
         assert_same_bits([run], undisturbed)
 
 
+@pytest.mark.soak
 def test_workers_beyond_the_shards_keep_pace_and_change_nothing(directory: Path) -> None:
     flags = {"--batch-size": "8", "--shards": "2", "--epochs": "1"}
     digests = set()

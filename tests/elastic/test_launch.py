@@ -227,7 +227,7 @@ def test_failures_count_over_launches_and_preemptions_do_not(directory: Path, la
         assert run.end() == 143
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_stopped_worker_is_found_and_replaced(
     directory: Path, undisturbed: Undisturbed, workers: int
 ) -> None:

@@ -32,6 +32,7 @@ def long_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
         return Undisturbed(run.losses(), run.digest())
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_first_node_the_rendezvous_and_everything_may_go(
     tmp_path: Path, long_undisturbed: Undisturbed, capsys: pytest.CaptureFixture[str]

@@ -111,6 +111,7 @@ def test_persister_saves_what_a_killed_trainer_has_left(
             assert_same_bits([first, second], undisturbed)
 
 
+@pytest.mark.soak
 def test_persister_killed_again_and_again_is_replaced(
     directory: Path, undisturbed: Undisturbed
 ) -> None:
@@ -198,6 +199,7 @@ def two_nodes(tmp_path: Path, memory: list[Path], until_batch: int = 0) -> Train
 # -- two at once -----------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_newer_trainer_takes_over_and_the_older_one_stops_for_good(
     directory: Path, undisturbed: Undisturbed
 ) -> None:
@@ -313,7 +315,7 @@ def small_memory(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     ("size", "message"),
     [
-        ("640k", "only 2 of 3 memory snapshots"),
+        pytest.param("640k", "only 2 of 3 memory snapshots", marks=pytest.mark.soak),
         pytest.param("100k", "not even two memory snapshots", marks=pytest.mark.soak),
     ],
 )
