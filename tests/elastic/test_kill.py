@@ -58,7 +58,8 @@ def test_workers_beyond_the_shards_keep_pace_and_change_nothing(directory: Path)
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("count", [5, 20])
 def test_many_kills_of_workers_in_one_run_change_nothing(
     directory: Path, undisturbed: Undisturbed, count: int
 ) -> None:
@@ -114,6 +115,7 @@ def test_torchrun_killed_takes_its_workers_along(directory: Path, undisturbed: U
         assert_same_bits([first, second], undisturbed)
 
 
+@pytest.mark.soak
 def test_kills_in_the_middle_of_a_save_change_nothing(
     directory: Path, undisturbed: Undisturbed
 ) -> None:

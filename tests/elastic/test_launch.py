@@ -272,6 +272,7 @@ def test_health_is_told_over_http(directory: Path, free_port: int) -> None:
         assert run.end() == 0
 
 
+@pytest.mark.soak
 def test_workers_are_commands_where_forking_is_not_safe(
     directory: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def test_killed_worker_costs_no_finished_batch(
         assert_same_bits([run], undisturbed)
 
 
+@pytest.mark.soak
 def test_everything_killed_goes_on_from_memory(directory: Path, undisturbed: Undisturbed) -> None:
     runs = []
     with ExitStack() as stack:

@@ -102,6 +102,7 @@ def test_store_that_is_another_one_on_another_node_is_refused(tmp_path: Path) ->
             assert run.messages().count("is not shared by the nodes") == 1
 
 
+@pytest.mark.soak
 def test_nodes_of_two_kinds_are_told_of(tmp_path: Path) -> None:
     with nodes(tmp_path / "checkpoints", 2, {}) as machines:
         machines.start(0)
