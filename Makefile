@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train demo test test-unit test-elastic test-s3 soak bench-checkpoints bench-step bench-reduction bench-recovery lint type layers check test-k8s test-image scan
+.PHONY: setup train demo test test-unit test-elastic test-s3 soak bench-checkpoints bench-step bench-gpu bench-reduction bench-recovery lint type layers check test-k8s test-image test-gpu scan
 
 setup: $(READY)
 
@@ -28,7 +28,7 @@ demo: $(READY)
 
 # Two files at a time: most tests wait for processes to start.
 test: $(READY)
-	$(BIN)/python -m pytest -m 'not soak and not image' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m 'not soak and not image and not gpu' -n 2 --dist loadfile
 
 test-unit: $(READY)
 	$(BIN)/python -m pytest tests/unit
@@ -41,6 +41,10 @@ test-s3: $(READY)
 
 test-k8s: $(READY)
 	$(BIN)/python -m pytest tests/k8s -m 'not image'
+
+# On a machine with a GPU; one is enough.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest tests/gpu
 
 # Builds the image and runs the manifests in containers: root, and apt-get install buildah
 # debootstrap podman runc netavark iptables catatonit.
@@ -73,6 +77,10 @@ bench-checkpoints: .venv-bench/.ready
 bench-step: .venv-bench/.ready
 	.venv-bench/bin/python -m tests.benchmarks.step
 	.venv-bench/bin/torchrun --nproc_per_node=2 -m tests.benchmarks.step 128
+
+# A step and a snapshot on a GPU, beside the same (2 minutes).
+bench-gpu: .venv-bench/.ready
+	.venv-bench/bin/python -m tests.benchmarks.gpu
 
 # What the fixed order of sums costs, beside native DDP, with 1 to 5 workers.
 bench-reduction: $(READY)

@@ -201,9 +201,11 @@ def _check(config: Config, given: frozenset[str]) -> int:
     from trm_dist.checkpoint.memory import SnapshotDir
     from trm_dist.checkpoint.resume import remembered
     from trm_dist.checkpoint.store import open_store
+    from trm_dist.elastic.device import device_name, take_device
     from trm_dist.elastic.world import launch_id
     from trm_dist.plan import check_space, check_writable, estimate, make_plan
 
+    take_device(config.train.device, local_rank=0)
     checkpoint = config.checkpoint
     store = open_store(checkpoint.checkpoint_dir)
     memory = SnapshotDir(checkpoint.snapshot_dir, store.identity)
@@ -226,6 +228,7 @@ def _check(config: Config, given: frozenset[str]) -> int:
         f"MiB a node in {checkpoint.snapshot_dir}, which has {memory.free_bytes() / 2**20:.1f} MiB "
         "free"
     )
+    say(f"device: {device_name(config.train.device)}")
     say(f"start: {plan.start.source or 'fresh'}")
     say("all checks passed")
     return 0

@@ -122,6 +122,10 @@ class TrainConfig:
     """When a loss or gradient is not finite: stop with the samples' numbers, or leave the batch."""
     eval_interval: int = 0
     """Batches between evaluations; 0: at the end only."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What computes; auto: a GPU where this machine has one, worker i of a node on GPU i."""
+    backend: Literal["auto", "gloo", "nccl"] = "auto"
+    """What carries gradients; auto: nccl where each worker has a GPU of its own, else gloo."""
     threads: int = 1
     """Threads of a worker; another number may change the last bits of every sum."""
     hang_timeout: float = 0.0
@@ -268,7 +272,7 @@ PER_START = frozenset({
     "checkpoint_dir", "resume", "overwrite", "allow_dataset_change", "snapshot_dir",
     "snapshot_slots", "grace_period", "cpu_capability", "hang_timeout",
     "max_no_progress", "max_preemptions", "spot", "leave_on_rebalance", "preemption_file",
-    "metadata_url", "cache_dir", "cache_gb", "metrics_port",
+    "metadata_url", "cache_dir", "cache_gb", "metrics_port", "device", "backend",
 })  # fmt: skip
 """Settings that speak of one start and are not taken from a checkpoint."""
 
@@ -286,6 +290,8 @@ _EXACT = frozenset(
     "max_no_progress",
     "max_preemptions",
     "cpu_capability",
+    "device",
+    "backend",
 }
 
 IDENTITY = frozenset({each.name for each in fields(ModelConfig)} | {"batch_size", "shards", "seed"})

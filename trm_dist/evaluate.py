@@ -36,9 +36,11 @@ def evaluate(
         on_step: Called after each chunk.
     """
     totals, world = torch.zeros(5, dtype=torch.int64), group.world
+    task.module.eval()
     for start in range(world.rank * num_rows, dataset.num_samples, world.size * num_rows):
         totals += _evaluate_chunk(task, dataset, start, num_rows)
         on_step()
+    task.module.train()
     correct, cells, exact, rows, steps = group.sum_(totals).tolist()
     return Evaluation(correct / cells, exact / rows, steps / rows, rows)
 
@@ -46,8 +48,9 @@ def evaluate(
 def _evaluate_chunk(task: Supervision, dataset: Dataset, start: int, num_rows: int) -> Tensor:
     places = np.arange(start, start + num_rows)
     samples = np.minimum(places, dataset.num_samples - 1)
-    inputs, labels, puzzles = map(
-        torch.from_numpy, (*dataset.rows(samples), dataset.puzzles_of(samples))
+    inputs, labels, puzzles = (
+        torch.from_numpy(each).to(task.device)
+        for each in (*dataset.rows(samples), dataset.puzzles_of(samples))
     )
     num_real = min(num_rows, dataset.num_samples - start)
-    return task.evaluate(inputs, labels, num_real, puzzles)
+    return task.evaluate(inputs, labels, num_real, puzzles).cpu()

@@ -21,6 +21,7 @@ from trm_dist.checkpoint.store import Store, open_store, split_url
 from trm_dist.config import Config, DataConfig, Settings, check_sizes, derived_sizes, resolve
 from trm_dist.data.cache import Cache, default_directory
 from trm_dist.data.dataset import Dataset, open_dataset, preload
+from trm_dist.elastic.device import device_name
 from trm_dist.errors import ConfigError, DataError, ResumeError
 from trm_dist.model.optim import VARIANTS
 from trm_dist.model.trm import Shape, Trm, num_parameters
@@ -147,7 +148,7 @@ def environment(config: Config) -> dict[str, str]:
     """Return what the last bits of a result may depend on besides code, data and settings."""
     return {
         "torch": torch.__version__,
-        "device": "cpu",
+        "device": device_name(config.train.device),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(config.train.threads),
         "optimizer": VARIANTS[config.train.optim],

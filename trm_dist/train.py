@@ -7,6 +7,7 @@ One save: live state -> `snapshot` (a copy at the batch boundary) -> `publish` -
 
 import logging
 import math
+import os
 import resource
 import threading
 import time
@@ -40,6 +41,7 @@ from trm_dist.evaluate import evaluate
 from trm_dist.events import Emit
 from trm_dist.feed import Feed, GlobalBatch
 from trm_dist.model.ema import Ema
+from trm_dist.model.graphs import record
 from trm_dist.model.optim import Optimizer
 from trm_dist.model.puzzles import PuzzleOptimizer
 from trm_dist.model.supervision import SCORES, Supervision
@@ -57,7 +59,10 @@ _COLUMN = {name: column for column, name in enumerate(SCORES)}
 def pin_numerics(threads: int) -> None:
     """Fix what the bits of a result depend on: threads and kernels. Before any tensor is made."""
     torch.set_num_threads(threads)
+    # Without it cuBLAS may choose by what is free; it is read when a GPU's first product is made.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class Keeper(Protocol):
@@ -71,7 +76,10 @@ class Keeper(Protocol):
 class Trainer:
     """One start of a run, in one worker."""
 
-    def __init__(self, plan: Plan, group: Group, emit: Emit, pulse: Pulse, spend: Spend) -> None:
+    def __init__(
+        self, plan: Plan, group: Group, emit: Emit, pulse: Pulse, spend: Spend,
+        device: torch.device,
+    ) -> None:  # fmt: skip
         """Build the parts and take the state of the checkpoint, if there is one.
 
         Args:
@@ -80,6 +88,10 @@ class Trainer:
             emit: Hears the events.
             pulse: Shown signs of life.
             spend: Told what time is spent on.
+            device: What this worker computes on.
+
+        Raises:
+            ConfigError: The gradients cannot be carried as the settings want.
         """
         config = plan.config
         self._plan, self._config = plan.without_state(), config
@@ -88,7 +100,8 @@ class Trainer:
         self._keeper: Keeper | None = None
         self._losses: LossLog | None = None
         self._cadence = Cadence(config.checkpoint.snapshot_every)
-        module = Trm(plan.shape, seed=config.data.seed, precision=config.train.precision)
+        # Drawn by the processor, so that a seed means the same weights everywhere.
+        module = Trm(plan.shape, seed=config.data.seed, precision=config.train.precision).to(device)
         self._task = Supervision(
             module,
             n_sup=config.train.n_sup,
@@ -112,11 +125,15 @@ class Trainer:
         self._evaluated_at = -1
         if plan.start.state is not None:
             self._restore(plan.start.state)
+        if device.type == "cuda":
+            record(module, self._feed.rows_per_shard)
         self._reduction = ShardReduction(
             module.parameters(),
             num_shards=config.data.shards,
             rank=group.world.rank,
             world_size=group.world.size,
+            carrier=group.carrier(config.train.backend, device),
+            is_reused=device.type == "cuda",
         )
         with warnings.catch_warnings():
             # Renamed forward_sync_buffers in torch 2.13; the old name works in all versions.
@@ -212,7 +229,8 @@ class Trainer:
         at = self._progress.at_next_batch(self._plan.batches_per_epoch)
         self._spend(Spent.DATA_WAIT)
         batch = self._feed.batch(at)
-        rows = [self._feed.rows(batch, shard) for shard in self._local_shards()]
+        device = self._task.device
+        rows = [self._feed.rows(batch, shard).to(device) for shard in self._local_shards()]
         self._spend(Spent.PRODUCTIVE)
         carries = [self._task.start(each) for each in rows]
         table = torch.zeros(self._config.data.shards, len(SCORES), dtype=torch.float64)
@@ -251,7 +269,8 @@ class Trainer:
         Returns:
             The scores of every shard, [shards, SCORES], the same on all workers.
         """
-        table = torch.zeros(self._config.data.shards, len(SCORES), dtype=torch.float64)
+        shape = self._config.data.shards, len(SCORES)
+        table = torch.zeros(shape, dtype=torch.float64, device=self._task.device)
         gradients = self._puzzles.begin(self._feed.puzzles(batch)) if self._puzzles else None
         last = len(carries) - 1
         for number, shard in enumerate(self._local_shards()):
@@ -268,9 +287,10 @@ class Trainer:
         self._reduction.finish()
         if gradients is not None:
             self._group.sum_(gradients)
+        scores = table.cpu()  # where a GPU computes, this waits for it
         self._pulse.beat()
         self._spend(Spent.PRODUCTIVE)
-        return self._group.sum_(table)
+        return self._group.sum_(scores)
 
     def _is_finite(self, scores: Tensor) -> bool:
         """Clip; tell whether loss and gradient are finite, which all workers see alike."""

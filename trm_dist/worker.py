@@ -15,13 +15,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
+import torch
+
 from trm_dist.checkpoint.client import PersisterClient
 from trm_dist.checkpoint.journal import Journal
 from trm_dist.checkpoint.manager import CheckpointManager, Inherited, Snapshots
 from trm_dist.checkpoint.memory import Slots, SnapshotDir, remove_if_unlocked, take_slots
 from trm_dist.checkpoint.resume import remembered
 from trm_dist.checkpoint.runs import Run, excuse, is_of_launch, read_run
-from trm_dist.checkpoint.snapshot import Flat
+from trm_dist.checkpoint.snapshot import Flat, pin
 from trm_dist.checkpoint.store import Store, open_store
 from trm_dist.config import CheckpointConfig, Config, LogConfig, flag
 from trm_dist.elastic.agent import (
@@ -32,9 +34,11 @@ from trm_dist.elastic.agent import (
     is_under_agent,
     is_under_launch,
     launched_at,
+    let_the_first_speak,
     record_error,
     will_restart,
 )
+from trm_dist.elastic.device import take_device
 from trm_dist.elastic.notice import watch
 from trm_dist.elastic.preemption import StopListener, exit_code
 from trm_dist.elastic.process import started_at
@@ -122,15 +126,12 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
         UserError: Found before the process group exists; later ones end the process.
     """
     world = World.from_environment(os.environ)
+    device = _take_device(config, world)
     plan = persister = None
     saving = _Saving(only_trouble)
     pulse = Pulse.of_worker(os.environ, world.local_rank, config.train.hang_timeout)
     if world.is_writer:
-        saving.journal, saving.ledger = _open_ledger(os.environ)
-        plan, persister = _plan_and_claim(config, given)
-        saving.ledger.belong(plan.start.run.summary())
-        saving.ledger.move(plan.restore_s, Spent.STARTUP, Spent.RESTORE)
-        saving.emit = both(_listeners(plan.config.log, pulse), saving.ledger)
+        plan, persister = _begin_as_writer(config, given, saving, pulse)
     else:
         preload_data(config)  # while the writer plans
     pulse.beat()
@@ -142,12 +143,14 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
     try:
         plan, identity = share_plan(plan, config, given, group)
         pin_numerics(plan.config.train.threads)
-        trainer = Trainer(plan, group, saving.emit, pulse, saving.spend)
+        trainer = Trainer(plan, group, saving.emit, pulse, saving.spend, device)
         plan = plan.without_state()  # it is not needed while training
         snapshots = None
         if world.is_first_of_node:
             # Where this node keeps them is its own affair, not the writer's.
             snapshots = _take_snapshots(trainer, config.checkpoint, identity, saving)
+            if device.type == "cuda":
+                pin(snapshots.memory)
             if not is_under_launch(os.environ):
                 watch(config.spot, _leave_node)
         if snapshots and persister:
@@ -161,6 +164,29 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
     saving.is_saved = True
     _end_ledger(saving)
     _leave(0)
+
+
+def _take_device(config: Config, world: World) -> torch.device:
+    """Take what this worker computes on; of the workers of a node one says what is wrong."""
+    try:
+        return take_device(config.train.device, world.local_rank)
+    except ConfigError as error:
+        if world.is_first_of_node:
+            raise
+        let_the_first_speak(os.environ)
+        raise ConfigError("") from error
+
+
+def _begin_as_writer(
+    config: Config, given: frozenset[str], saving: _Saving, pulse: Pulse
+) -> tuple[Plan, PersisterClient]:
+    """Plan, and begin to tell and to account for what this start does."""
+    saving.journal, saving.ledger = _open_ledger(os.environ)
+    plan, persister = _plan_and_claim(config, given)
+    saving.ledger.belong(plan.start.run.summary())
+    saving.ledger.move(plan.restore_s, Spent.STARTUP, Spent.RESTORE)
+    saving.emit = both(_listeners(plan.config.log, pulse), saving.ledger)
+    return plan, persister
 
 
 def _open_ledger(environment: Mapping[str, str]) -> tuple[Journal, Ledger]:

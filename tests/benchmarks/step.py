@@ -48,7 +48,7 @@ Step = Callable[[], None]
 
 def questions(positions: int) -> tuple[Tensor, Tensor]:
     """Return rows of tokens and their answers."""
-    generator = torch.Generator().manual_seed(positions)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(positions)
     tokens = torch.randint(0, TOKENS, (ROWS, positions), generator=generator)
     return tokens, torch.randint(0, TOKENS, (ROWS, positions), generator=generator)
 

@@ -41,7 +41,27 @@ FLAGS = {
     "save nowhere": (["--dataset", "sudoku4:train?count=50", "--save", "/proc/no/m.pt"], "--save"),
     "save to no bucket": (["--dataset", "sudoku4:train", "--save", "s3://m.pt"], "s3://"),
     "puzzles": (["--dataset", "sudoku4:train?count=x"], "not a set of puzzles"),
+    "no GPU": (["--dataset", "sudoku4:train", "--device", "cuda"], "--device cuda: "),
 }
+
+
+NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"--device": "cuda"}, "--device cuda: "),
+        ({"--backend": "nccl"}, "--backend nccl carries gradients from GPU to GPU"),
+    ],
+)
+def test_what_needs_a_gpu_is_told_once_where_there_is_none(
+    tmp_path: Path, asked: dict[str, str], expected: str
+) -> None:
+    with training(tmp_path / "c", flags=asked, workers=2, variables=NO_GPUS) as run:
+        assert run.end() != 0
+        assert run.errors.read_text().count(f"trm_dist: {expected}") == 1
+        assert not run.events("batch")
 
 
 @pytest.mark.parametrize("command", ["train", "check"])
@@ -65,6 +85,7 @@ def test_bad_flags_are_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     flags, expected = FLAGS[case]
     assert main([command, *flags]) == 2
     assert expected in capsys.readouterr().err

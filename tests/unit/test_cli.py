@@ -12,6 +12,7 @@ from trm_dist.config import Config
 FLAGS = [
     "allow_dataset_change",
     "augment",
+    "backend",
     "batch_size",
     "cache_dir",
     "cache_gb",
@@ -21,6 +22,7 @@ FLAGS = [
     "cpu_capability",
     "dataset",
     "depth",
+    "device",
     "dim",
     "ema",
     "epochs",

@@ -91,7 +91,7 @@ def test_first_worker_is_the_writer(rank: int, is_writer: bool) -> None:
 
 
 def test_group_of_one_needs_nobody() -> None:
-    group = Group(World(), dist.HashStore())
+    group = Group(World(), dist.HashStore(), timedelta(seconds=60))
 
     group.barrier()
 

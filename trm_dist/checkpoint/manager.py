@@ -61,6 +61,11 @@ class Snapshots:
         self._sequence = newest.sequence if newest else 0
         self._newest_slot = newest.slot if newest else -1
 
+    @property
+    def memory(self) -> memoryview:
+        """All of the memory they lie in."""
+        return self._slots.whole
+
     def has_room(self, busy: Collection[int]) -> bool:
         """Tell whether there is a slot that is not being published."""
         return len(busy) < self._slots.num_slots

@@ -154,6 +154,11 @@ class Slots:
         return max(held, key=lambda each: each.sequence, default=None)
 
     @property
+    def whole(self) -> memoryview:
+        """All of the memory, slots and what is around them."""
+        return self._view
+
+    @property
     def loss_log(self) -> memoryview:
         """Room behind the slots for the losses of batches; see `replay`."""
         return self._view[self._start(self.num_slots) :]

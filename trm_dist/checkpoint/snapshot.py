@@ -6,6 +6,7 @@ memory, and reading one runs no code. Every save goes the same way: capture, the
 """
 
 import json
+import logging
 import math
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from trm_dist.checkpoint.archive import KIND, STORAGES
+
+logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 64
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name[6:]) for name in STORAGES}
@@ -43,8 +46,31 @@ class Flat:
     def copy_to(self, buffer: memoryview) -> None:
         """Copy all tensors into a buffer of at least `num_bytes`; the state may change then."""
         targets = [_view(buffer, *place) for place in self._places]
-        if targets:
-            torch._foreach_copy_(targets, [tensor.detach() for tensor in self._tensors])
+        near: tuple[list[Tensor], list[Tensor]] = ([], [])
+        has_far = False
+        for target, tensor in zip(targets, self._tensors, strict=True):
+            if tensor.is_cuda:
+                target.copy_(tensor.detach(), non_blocking=True)
+                has_far = True
+            else:
+                near[0].append(target)
+                near[1].append(tensor.detach())
+        if near[0]:
+            torch._foreach_copy_(*near)
+        if has_far:
+            torch.cuda.current_stream().synchronize()
+
+
+def pin(buffer: memoryview) -> None:
+    """Let a GPU write into a buffer by itself, for as long as this process lives.
+
+    Without it a copy goes through a small buffer of the driver, at about a third of the speed.
+    """
+    whole = torch.frombuffer(buffer, dtype=torch.uint8)
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    code = int(runtime.cudaHostRegister(whole.data_ptr(), whole.numel(), 0))
+    if code:
+        logger.warning("snapshots are copied more slowly: their memory cannot be pinned (%d)", code)
 
 
 def unflatten(header: bytes, buffer: memoryview) -> dict[str, Any]:

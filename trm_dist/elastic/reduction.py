@@ -9,15 +9,32 @@ hook, which exchanges them bucket by bucket.
 Two workers with one node each need one addition, which commutes: a plain all-reduce. Otherwise each
 worker owns a slice of every bucket, receives that slice of every node, adds up along the tree, and
 sends the result back.
+
+What carries them changes no bit: gloo, through host memory where gradients are a GPU's, or NCCL.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 Reduced = torch.futures.Future[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Carrier:
+    """What exchanges gradients."""
+
+    group: dist.ProcessGroup | None
+    """None: the default group, which is gloo's."""
+    device: torch.device
+    """Whose memory it reads and writes."""
+
+
+OVER_GLOO = Carrier(None, torch.device("cpu"))
 
 Node = tuple[int, int]
 """The shards [low, high) below a node of the tree."""
@@ -63,9 +80,21 @@ class ShardReduction:
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], *, num_shards: int, rank: int, world_size: int
-    ) -> None:
+        self, parameters: Iterable[nn.Parameter], *, num_shards: int, rank: int, world_size: int,
+        carrier: Carrier = OVER_GLOO, is_reused: bool = False,
+    ) -> None:  # fmt: skip
+        """Prepare for one place in the group.
+
+        Args:
+            parameters: Of the module, in its order.
+            num_shards: Of a batch.
+            rank: Of this worker.
+            world_size: Workers.
+            carrier: What exchanges the gradients.
+            is_reused: Whether each backward writes to the memory of the gradients before it.
+        """
         self._parameters = list(parameters)
+        self._carrier, self._is_reused = carrier, is_reused
         self._root: Node = (0, num_shards)
         self._rank = rank
         self.shards = shards_of(rank, world_size, num_shards)
@@ -80,7 +109,7 @@ class ShardReduction:
         gradients = []
         for parameter in self._parameters:
             assert parameter.grad is not None, "every parameter has a gradient in every shard"
-            gradients.append(parameter.grad)
+            gradients.append(parameter.grad.clone() if self._is_reused else parameter.grad)
             parameter.grad = None
         node = (shard, shard + 1)
         while self._held and self._are_siblings(self._held[-1][0], node):
@@ -99,12 +128,18 @@ class ShardReduction:
         parts = self._local_parts(bucket)
         if len(self._nodes) == 1:
             return _done(buffer)
+        carried = [part.to(self._carrier.device) for part in parts]
+        is_near = buffer.device == self._carrier.device
+        total = buffer if is_near else carried[-1] if carried else buffer.cpu()
         if len(self._nodes) == 2 and all(len(nodes) == 1 for nodes in self._nodes):
-            work = dist.all_reduce(buffer, async_op=True)
-            reduced: Reduced = work.get_future().then(lambda future: future.value()[0])
-            return reduced
-        self._exchange(buffer, parts)
-        return _done(buffer)
+            work = dist.all_reduce(total, group=self._carrier.group, async_op=True)
+            if is_near:
+                reduced: Reduced = work.get_future().then(lambda future: future.value()[0])
+                return reduced
+            work.wait()
+        else:
+            self._exchange(total, carried)
+        return _done(total if is_near else buffer.copy_(total))
 
     def _local_parts(self, bucket: dist.GradBucket) -> list[Tensor]:
         """Return this worker's nodes as flat tensors of a bucket; the last one is its buffer."""
@@ -135,33 +170,38 @@ class ShardReduction:
         own = slice(cuts[me], cuts[me + 1])
         peers = [(me + step) % size for step in range(1, size)]
         known = {node: part[own] for node, part in zip(self._nodes[me], parts, strict=True)}
-        pending = []
+        transfers = []
         for peer in peers:
             for node in self._nodes[peer]:
-                known[node] = torch.empty(own.stop - own.start, dtype=buffer.dtype)
-                pending.append(dist.irecv(known[node], peer, tag=node[0]))
+                known[node] = buffer.new_empty(own.stop - own.start)
+                transfers.append(self._transfer(dist.irecv, known[node], peer, node[0]))
         for peer in peers:
             there = slice(cuts[peer], cuts[peer + 1])
             for node, part in zip(self._nodes[me], parts, strict=True):
-                pending.append(dist.isend(part[there], peer, tag=node[0]))
-        _wait(pending)
+                transfers.append(self._transfer(dist.isend, part[there], peer, node[0]))
+        _make(transfers)
         buffer[own] = fold(self._root, known.get)
         returns = self._root[1]  # tags above every shard's
-        pending = [
-            dist.irecv(buffer[cuts[peer] : cuts[peer + 1]], peer, tag=returns + peer)
-            for peer in peers
-        ]
-        pending += [dist.isend(buffer[own], peer, tag=returns + me) for peer in peers]
-        _wait(pending)
+        transfers = []
+        for peer in peers:
+            there = slice(cuts[peer], cuts[peer + 1])
+            transfers.append(self._transfer(dist.irecv, buffer[there], peer, returns + peer))
+            transfers.append(self._transfer(dist.isend, buffer[own], peer, returns + me))
+        _make(transfers)
+
+    def _transfer(
+        self, direction: Callable[..., Any], tensor: Tensor, peer: int, tag: int
+    ) -> dist.P2POp:
+        # NCCL knows no tags: both ends list what goes between two workers in the same order.
+        return dist.P2POp(direction, tensor, peer, self._carrier.group, tag)
 
 
-def _wait(pending: Iterable[dist.Work | None]) -> None:
-    for work in pending:
-        assert work is not None, "this rank belongs to the group"
+def _make(transfers: list[dist.P2POp]) -> None:
+    for work in dist.batch_isend_irecv(transfers):
         work.wait()
 
 
 def _done(value: Tensor) -> Reduced:
-    future: Reduced = Reduced()
+    future: Reduced = Reduced(devices=[value.device] if value.is_cuda else None)
     future.set_result(value)
     return future

@@ -6,11 +6,12 @@ never ask torch.distributed for a rank.
 
 import os
 import secrets
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,10 @@ from torch import Tensor
 
 from trm_dist.elastic.agent import LAUNCH, num_restarts
 from trm_dist.elastic.process import start_mark
+from trm_dist.elastic.reduction import OVER_GLOO, Carrier
+from trm_dist.errors import ConfigError
+
+Backend = Literal["auto", "gloo", "nccl"]
 
 JOIN_TIMEOUT_S = 300.0
 PATIENCE_S = 1800.0
@@ -25,6 +30,8 @@ PATIENCE_S = 1800.0
 _EXCUSE = "trm_dist/excuse"
 _EXCUSE_EVERY_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.1
+_SHARED_GPU = "Duplicate GPU"
+"""What NCCL says where two workers have the same one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +72,9 @@ class World:
 class Group:
     """A formed process group."""
 
-    def __init__(self, world: World, store: dist.Store) -> None:
+    def __init__(self, world: World, store: dist.Store, timeout: timedelta) -> None:
         self.world = world
-        self._store = store
+        self._store, self._timeout = store, timeout
         self._excuses = 0
         self._excused_s = 0.0
 
@@ -88,8 +95,48 @@ class Group:
         Exact whatever the order, as long as each entry is zero on all workers but one, or whole.
         """
         if self.world.size > 1:
-            dist.all_reduce(values)
+            near = values.cpu()  # itself where it is there already
+            dist.all_reduce(near)
+            if near is not values:
+                values.copy_(near)
         return values
+
+    def carrier(self, wanted: Backend, device: torch.device) -> Carrier:
+        """Return what carries the gradients; all workers call it.
+
+        Args:
+            wanted: auto: NCCL where every worker has a GPU of its own.
+            device: What this worker computes on.
+
+        Raises:
+            ConfigError: NCCL is wanted and cannot be had; in all workers alike.
+        """
+        if self.world.size == 1 or wanted == "gloo":
+            return OVER_GLOO
+        gpus = [each.decode() for each in self.gather(_identity(device).encode())]
+        has_own = all(gpus) and len(set(gpus)) == len(gpus) and dist.is_nccl_available()
+        if wanted == "auto" and not has_own:
+            return OVER_GLOO
+        if not all(gpus):
+            raise self._alike(
+                "--backend nccl carries gradients from GPU to GPU, and worker "
+                f"{gpus.index('')} has none. Leave the flag out."
+            )
+        group = dist.new_group(backend="nccl", timeout=self._timeout)
+        try:
+            dist.all_reduce(torch.zeros(1, device=device), group=group)  # it connects now
+        except dist.DistBackendError as error:
+            if _SHARED_GPU not in str(error):
+                raise
+            raise self._alike(
+                "--backend nccl needs a GPU for each worker, and some share one. Start as many "
+                "workers on a node as it has GPUs, or leave the flag out."
+            ) from error
+        return Carrier(group, device)
+
+    def _alike(self, message: str) -> ConfigError:
+        """Return an error that all workers raise, and of which one speaks."""
+        return ConfigError(message if self.world.is_writer else "")
 
     def broadcast(self, data: bytes | memoryview, source: int = 0) -> memoryview:
         """Send one worker's bytes to everyone; what others pass in is ignored."""
@@ -129,24 +176,27 @@ def form_group(world: World, environment: Mapping[str, str], hang_timeout_s: flo
     if world.size == 1:
         store: dist.Store = dist.HashStore()
     else:
-        timeout = timedelta(seconds=JOIN_TIMEOUT_S)
         is_host = world.is_writer and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         shared = dist.TCPStore(
             environment["MASTER_ADDR"],
             int(environment["MASTER_PORT"]),
             world.size,
             is_master=is_host,
-            timeout=timeout,
+            timeout=timedelta(seconds=JOIN_TIMEOUT_S),
         )
         store = dist.PrefixStore(agree_on_prefix(shared, world), shared)
+    timeout = timedelta(seconds=hang_timeout_s)
     dist.init_process_group(
-        "gloo",
-        store=store,
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timedelta(seconds=hang_timeout_s),
+        "gloo", store=store, rank=world.rank, world_size=world.size, timeout=timeout
     )
-    return Group(world, store)
+    return Group(world, store, timeout)
+
+
+def _identity(device: torch.device) -> str:
+    """Name a GPU among all machines; empty: it is none."""
+    if device.type != "cuda":
+        return ""
+    return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
 
 
 def agree_on_prefix(store: dist.Store, world: World) -> str:

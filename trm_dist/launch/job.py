@@ -113,6 +113,8 @@ def job_of(
     # One thread until a worker asks for more: a process with several cannot be forked.
     variables.setdefault("OMP_NUM_THREADS", "1")
     variables["OPENBLAS_NUM_THREADS"] = "1"
+    # A process that has asked the driver itself whether there is a GPU cannot be forked either.
+    variables["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     variables.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else it tells of every missing name
     least, most = launch.nodes()
     if most > 1:

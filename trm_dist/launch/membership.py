@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
 
@@ -184,7 +184,7 @@ def _run(
         monitor_interval=_MONITOR_S,
         local_addr=member.local_addr or None,
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
-        shutdown_timeout=member.shutdown_s,
+        **_shutdown(member.shutdown_s),
     )
     try:
         elastic_launch(config, member.command[0])(*member.command[1:])
@@ -219,3 +219,9 @@ def main(content: Mapping[str, Any]) -> int:
             return EXIT_LOST
     conclude(member, code)
     return 0
+
+
+def _shutdown(seconds: int) -> dict[str, Any]:
+    """Say how long workers may take to stop, where torch can be told (not yet in 2.11)."""
+    names = {each.name for each in fields(LaunchConfig)}
+    return {"shutdown_timeout": seconds} if "shutdown_timeout" in names else {}

@@ -82,8 +82,10 @@ class Optimizer:
             self._adam = AdamAtan2(self._parameters, lr=lr, weight_decay=weight_decay)
         # The moments begin now and not at the first step, so that a state always has one layout.
         for each in self._parameters:
+            # The fused kernel counts steps where it runs; AdamAtan2 reads the count on the host.
+            device = each.device if name == "adamw" else "cpu"
             self._adam.state[each] = {
-                "step": torch.zeros((), dtype=torch.float32, device=each.device),
+                "step": torch.zeros((), dtype=torch.float32, device=device),
                 "exp_avg": torch.zeros_like(each),
                 "exp_avg_sq": torch.zeros_like(each),
             }

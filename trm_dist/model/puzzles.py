@@ -36,9 +36,9 @@ class PuzzleOptimizer:
         """
         self._vectors = vectors
         self._lr, self._warmup_steps, self._weight_decay = lr, warmup_steps, weight_decay
-        self._puzzles = torch.zeros(batch_size, dtype=torch.int64)
+        self._puzzles = vectors.new_zeros(batch_size, dtype=torch.int64)
         # The last column tells which rows were active.
-        self._table = torch.zeros(batch_size, vectors.shape[1] + 1, dtype=vectors.dtype)
+        self._table = vectors.new_zeros(batch_size, vectors.shape[1] + 1)
 
     def begin(self, puzzles: Tensor) -> Tensor:
         """Begin a supervision step.
@@ -49,7 +49,7 @@ class PuzzleOptimizer:
         Returns:
             The table, to be added up over all workers before `step`.
         """
-        self._puzzles = puzzles
+        self._puzzles = puzzles.to(self._table.device)
         return self._table.zero_()
 
     def take(self, first: int, gradients: Tensor, is_active: Tensor) -> None:

@@ -7,8 +7,8 @@ row anywhere is active, which the trainer knows from the reduced scores.
 This is the small protocol through which the trainer knows TRM: `start`, `step`, `evaluate`.
 """
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,16 @@ class Rows:
     puzzles: Tensor | None = None
     """Which puzzle each row belongs to, int64 [B]; None: all to the first."""
 
+    def to(self, device: torch.device) -> Self:
+        """Return the rows with their tensors on a device."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            labels=self.labels.to(device),
+            weights=self.weights.to(device),
+            puzzles=None if self.puzzles is None else self.puzzles.to(device),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Carry:
@@ -82,10 +92,15 @@ class Supervision:
         self._loss = loss
         self._seed = seed
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and rows must be."""
+        return self.module.output_init.device
+
     def start(self, rows: Rows) -> Carry:
         """Start a shard of a batch."""
         output, latent = self.module.start(len(rows.samples))
-        min_steps = torch.from_numpy(self._min_steps(rows))
+        min_steps = torch.from_numpy(self._min_steps(rows)).to(rows.tokens.device)
         return Carry(rows, output, latent, rows.weights > 0, min_steps, 0)
 
     def step(self, forward: Forward, carry: Carry) -> tuple[Tensor, Tensor, Carry]:
@@ -137,8 +152,8 @@ class Supervision:
             int64 [B].
         """
         output, latent = self.module.start(len(tokens))
-        steps = torch.zeros(len(tokens), dtype=torch.int64)
-        has_halted = torch.zeros(len(tokens), dtype=torch.bool)
+        steps = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
+        has_halted = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         vectors = self.module.vectors_of(puzzles, len(tokens))
         for _ in range(self.max_steps):
             logits, halt, output, latent = self.module(tokens, output, latent, vectors)
@@ -166,7 +181,7 @@ class Supervision:
         correct = ((answers == labels) & counts).sum(-1)[:num_rows]
         cells = counts.sum(-1)[:num_rows]
         exact = (correct == cells).sum()
-        num = torch.tensor(num_rows)
+        num = torch.tensor(num_rows, device=exact.device)
         return torch.stack([correct.sum(), cells.sum(), exact, num, steps[:num_rows].sum()])
 
     def _min_steps(self, rows: Rows) -> npt.NDArray[np.int64]:

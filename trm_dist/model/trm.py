@@ -98,7 +98,7 @@ class Trm(nn.Module):
         if not self.shape.puzzle_emb_ndim:
             return None
         if puzzles is None:
-            puzzles = torch.zeros(num_rows, dtype=torch.int64)
+            puzzles = self.puzzle_embedding.new_zeros(num_rows, dtype=torch.int64)
         return self.puzzle_embedding[puzzles].requires_grad_(torch.is_grad_enabled())
 
     def forward(
