@@ -623,6 +623,16 @@ def test_starts_in_the_same_place_count_as_failures_also_when_it_is_adopted(node
     eventually(lambda: read_run(node.store) == node.run)
 
 
+def test_count_of_the_newest_of_many_starts_within_a_moment_is_what_stays(node: Node) -> None:
+    for _ in range(20):
+        for _ in range(5):
+            node.client._disconnect()
+            node.open()
+        eventually(lambda: read_run(node.store) == node.run)
+
+    assert node.run.failures == 100
+
+
 def test_trainer_that_plans_twice_counts_once(node: Node) -> None:
     node.client._disconnect()
     node.open()

@@ -181,7 +181,7 @@ class Persister:
                 client is not self._opened_by
             ):  # recorded for the next writer, as soon as it can be
                 claimed = claimed.again(int(run["starts_at"]))
-                self._recording = asyncio.create_task(_record(store, claimed))
+                self._recording = asyncio.create_task(self._record(store, claimed))
             self._writer = Writer(store, claimed, keep_last=keep_last, keep_every=keep_every)
             self._opened_by = client
         except Exception as error:  # noqa: BLE001 whatever it is, the client must hear of it
@@ -193,6 +193,12 @@ class Persister:
             return
         self._watch(guardian)
         self._tell({"is": "opened", "run": asdict(claimed)})
+
+    async def _record(self, store: Store, run: Run) -> None:
+        """Record what a start counts; one after another, so that the newest stays."""
+        async with self._storing:
+            with suppress(OSError):
+                await asyncio.to_thread(record_again, store, run)
 
     def _attach(self, slots: Slots, journal: Journal) -> None:
         """Publish from these slots from now on; they may be those of the trainer before."""
@@ -350,11 +356,6 @@ class Persister:
             if is_over and journal in self._journals:
                 self._journals.remove(journal)
                 journal.close()
-
-
-async def _record(store: Store, run: Run) -> None:
-    with suppress(OSError):
-        await asyncio.to_thread(record_again, store, run)
 
 
 def _as_recorded(store: Store, run: Run) -> Run | None:
