@@ -185,7 +185,7 @@ def _begin_as_writer(
     plan, persister = _plan_and_claim(config, given)
     saving.ledger.belong(plan.start.run.summary())
     saving.ledger.move(plan.restore_s, Spent.STARTUP, Spent.RESTORE)
-    saving.emit = both(_listeners(plan.config.log, pulse), saving.ledger)
+    saving.emit = both(_listeners(plan.config.log, pulse, saving.ledger), saving.ledger)
     return plan, persister
 
 
@@ -213,12 +213,12 @@ def _end_ledger(saving: _Saving) -> None:
         _forget_snapshots(saving)
 
 
-def _listeners(config: LogConfig, pulse: Pulse) -> Emit:
+def _listeners(config: LogConfig, pulse: Pulse, ledger: Ledger) -> Emit:
     """Return who hears the events of the run."""
     lines = console(config.log_format, log_every_s=config.log_every_s)
     if not config.metrics_port:
         return lines
-    metrics = Metrics()
+    metrics = Metrics(ledger.totals)
     metrics.serve(config.metrics_port, pulse.health)
     return both(lines, metrics)
 

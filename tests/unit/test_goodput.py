@@ -43,6 +43,18 @@ def test_every_second_is_told_by_what_it_was_spent_on() -> None:
     assert found.goodput == 5 / 30
 
 
+def test_a_start_can_tell_its_seconds_while_it_lives() -> None:
+    life = one_life()
+    life.ledger.move(1, Spent.STARTUP, Spent.RESTORE)
+
+    found = {name: each for name, each in life.ledger.totals().items() if each}
+
+    assert found == {
+        "rendezvous": 2, "restore": 4, "data_wait": 4, "productive": 5, "save_stall": 6,
+        "evaluation": 7,
+    }  # fmt: skip
+
+
 def test_time_is_moved_to_what_it_was_really_spent_on() -> None:
     life = Life(0.0)
     life.spend(Spent.STARTUP, 5)

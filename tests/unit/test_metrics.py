@@ -48,6 +48,25 @@ def committed(waited_s: float) -> events.Committed:
     )
 
 
+def test_seconds_are_told_by_what_they_are_spent_on(port: int) -> None:
+    seconds = {"productive": 90.0, "startup": 4.0}
+    Metrics(lambda: seconds).serve(port, lambda: (True, {}))
+
+    def told() -> dict[str, float]:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            text = answer.read().decode()
+        return {
+            sample.labels["on"]: sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == "trm_spent_seconds_total"
+        }
+
+    assert told() == seconds
+    seconds["productive"] = 95.5
+    assert told() == seconds
+
+
 def test_events_become_what_prometheus_reads(port: int) -> None:
     metrics = Metrics()
     metrics.serve(port, lambda: (True, {}))

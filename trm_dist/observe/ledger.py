@@ -56,6 +56,10 @@ class Spent(StrEnum):
     """Nobody was there."""
 
 
+_OF_A_START: list[Spent] = [each for each in Spent if each not in {Spent.LOST_WORK, Spent.DOWN}]
+"""What a start can know of itself."""
+
+
 @dataclass(slots=True)
 class _Line:
     """The span that is the present."""
@@ -117,6 +121,7 @@ class Ledger:
         self._created_at = started_at
         self._spent = Spent.STARTUP
         self._since = started_at
+        self._totals = dict.fromkeys(_OF_A_START, 0.0)
         self._is_stopping = self._is_ended = False
         self._ending: dict[str, str] = {}
         """What the last line says of how this start has ended."""
@@ -139,8 +144,20 @@ class Ledger:
     def move(self, seconds: float, source: Spent, target: Spent) -> None:
         """Say that some of the time that was spent on one thing was spent on another."""
         with self._lock:
-            self._line.add(source, -seconds)
-            self._line.add(target, seconds)
+            for spent, change in ((source, -seconds), (target, seconds)):
+                self._line.add(spent, change)
+                self._totals[spent] += change
+
+    def totals(self) -> dict[str, float]:
+        """Return the seconds of this start by what they were spent on so far.
+
+        What is productive may turn out to be lost work; only a later start knows.
+        """
+        with self._lock:
+            totals = dict(self._totals)
+            if not self._is_ended:
+                totals[self._spent] += self._now() - self._since
+            return {str(spent): seconds for spent, seconds in totals.items()}
 
     def belong(self, run: Mapping[str, Any]) -> None:
         """Say which run this start is of.
@@ -225,6 +242,7 @@ class Ledger:
 
     def _pass_time(self) -> None:
         now = self._now()
+        self._totals[self._spent] += now - self._since
         if self._spent is Spent.PRODUCTIVE:
             self._line.unfinished += now - self._since
         else:

@@ -8,7 +8,7 @@ expects of a process.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -23,20 +23,28 @@ logger = logging.getLogger(__name__)
 Health = Callable[[], tuple[bool, dict[str, Any]]]
 """Returns whether all is well, and what there is to say."""
 
+Totals = Callable[[], Mapping[str, float]]
+"""Returns seconds by what they were spent on."""
+
+_SPENT = "Seconds of this start by what they were spent on; productive ones may be lost later."
 _BUCKETS_S = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
 class Metrics:
     """A listener that keeps the newest values."""
 
-    def __init__(self) -> None:
+    def __init__(self, totals: Totals = dict) -> None:
         """Name everything.
+
+        Args:
+            totals: Asked for each GET what the seconds of this start were spent on.
 
         Raises:
             ConfigError: prometheus_client is not installed.
         """
         try:
             from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+            from prometheus_client.core import CounterMetricFamily
         except ImportError as error:
             raise ConfigError(
                 "--metrics-port needs prometheus_client: pip install 'trm_dist[metrics]'."
@@ -51,6 +59,8 @@ class Metrics:
             name: Histogram(f"trm_{name}", text, buckets=_BUCKETS_S, **known)
             for name, text in _SECONDS.items()
         }
+        spent = partial(CounterMetricFamily, "trm_spent_seconds", _SPENT, labels=["on"])
+        self.registry.register(_Spent(totals, spent))
         self._at_s = dict.fromkeys(_AGES, time.time())
         self._set(start_time_seconds=time.time())
         for name in _AGES:
@@ -141,6 +151,20 @@ class Metrics:
     def _set(self, **values: float) -> None:
         for name, value in values.items():
             self._gauges[name].set(value)
+
+
+class _Spent:
+    """The seconds of this start, when they are asked for."""
+
+    def __init__(self, totals: Totals, family: Callable[[], Any]) -> None:
+        self._totals, self._family = totals, family
+
+    def collect(self) -> Iterable[Any]:
+        """Yield one family, with a sample for each thing that time is spent on."""
+        family = self._family()
+        for name, seconds in self._totals().items():
+            family.add_metric([name], seconds)
+        yield family
 
 
 def both(first: Emit, second: Emit) -> Emit:
