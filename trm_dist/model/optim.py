@@ -97,7 +97,11 @@ class Optimizer:
             The norm before, a scalar; not finite when a gradient is not.
         """
         gradients = [each.grad for each in self._parameters if each.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        # A GPU adds up squares in another order where the first does not lie at a multiple of 16
+        # bytes, and DDP moves gradients within its buckets after the first step of a start. Memory
+        # of their own is aligned.
+        own = [each.clone() if each.is_cuda else each for each in gradients]
+        norm = torch.nn.utils.get_total_norm(own)
         if self._clip:
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm)
         return norm
