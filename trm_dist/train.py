@@ -59,8 +59,10 @@ _COLUMN = {name: column for column, name in enumerate(SCORES)}
 def pin_numerics(threads: int) -> None:
     """Fix what the bits of a result depend on: threads and kernels. Before any tensor is made."""
     torch.set_num_threads(threads)
+    # Containers of NVIDIA's allow TF32 by a variable, which shortens the factors of products.
+    torch.set_float32_matmul_precision("highest")
     # Without it cuBLAS may choose by what is free; it is read when a GPU's first product is made.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

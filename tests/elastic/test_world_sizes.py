@@ -1,7 +1,11 @@
 """One digest at every world size, and through every change of it."""
 
+import os
 import random
 import signal
+import subprocess
+import sys
+import textwrap
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -65,6 +69,21 @@ def test_every_world_size_gives_one_digest(tmp_path: Path, net: str, sizes: rang
 
 def test_threads_of_the_environment_change_nothing(tmp_path: Path) -> None:
     assert alone(tmp_path, WIDE, threads=1) == alone(tmp_path, WIDE, threads=2)
+
+
+PINNED = """
+    import os, torch
+    from trm_dist.train import pin_numerics
+    pin_numerics(1)
+    print(torch.get_float32_matmul_precision(), os.environ["CUBLAS_WORKSPACE_CONFIG"])
+"""
+
+
+def test_precision_of_the_environment_changes_nothing() -> None:
+    shorter = {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1", "CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    command = [sys.executable, "-c", textwrap.dedent(PINNED)]
+    found = subprocess.check_output(command, env=os.environ | shorter, text=True)
+    assert found.split() == ["highest", ":4096:8"]
 
 
 def end(run: Training, how: str) -> None:
