@@ -143,3 +143,13 @@ def test_snapshot_of_gpu_and_host_tensors_in_pinned_memory() -> None:
     assert torch.equal(found["far"], expected)
     assert torch.equal(found["near"], tree["near"])
     assert found["three"] == 3
+
+
+def test_memory_that_cannot_be_pinned_is_told_and_harms_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    buffer = memoryview(bytearray(1 << 20))
+    pin(buffer)
+    pin(buffer)  # CUDA refuses a second time
+    assert "cannot be pinned" in caplog.text
+    assert torch.ones(3, device="cuda").sum().item() == 3.0

@@ -8,6 +8,7 @@ memory, and reading one runs no code. Every save goes the same way: capture, the
 import json
 import logging
 import math
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -71,6 +72,9 @@ def pin(buffer: memoryview) -> None:
     code = int(runtime.cudaHostRegister(whole.data_ptr(), whole.numel(), 0))
     if code:
         logger.warning("snapshots are copied more slowly: their memory cannot be pinned (%d)", code)
+        # CUDA keeps the error for whoever asks next, and torch asks after each kernel.
+        with suppress(RuntimeError):
+            torch.ones(1, device="cuda")
 
 
 def unflatten(header: bytes, buffer: memoryview) -> dict[str, Any]:
