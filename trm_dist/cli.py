@@ -205,7 +205,7 @@ def _check(config: Config, given: frozenset[str]) -> int:
     from trm_dist.elastic.world import launch_id
     from trm_dist.plan import check_space, check_writable, estimate, make_plan
 
-    take_device(config.train.device, local_rank=0)
+    take_device(config.train.device, config.train.backend, local_rank=0)
     checkpoint = config.checkpoint
     store = open_store(checkpoint.checkpoint_dir)
     memory = SnapshotDir(checkpoint.snapshot_dir, store.identity)

@@ -122,18 +122,20 @@ def to_message(plan: Plan) -> bytes:
     return json.dumps(message).encode()
 
 
-def from_message(message: bytes, state: dict[str, Any] | None) -> Plan:
+def from_message(message: bytes, state: dict[str, Any] | None, config: Config) -> Plan:
     """Make the plan that the writer sent.
 
     Args:
         message: From `to_message`.
         state: To go on from; None on a fresh start.
+        config: What the command line of this worker said; what it computes on is its own affair.
 
     Raises:
         DataError: This node's data are not the writer's.
     """
     sent: dict[str, Any] = json.loads(message)
-    settings = Settings(Config().with_values(sent["values"]), sent["origins"])
+    values = sent["values"] | {"device": config.train.device}
+    settings = Settings(Config().with_values(values), sent["origins"])
     plan = _with_data(settings, Start(Run(**sent["run"]), sent["source"], state))
     for each, expected in zip(_datasets(plan), sent["sha256"], strict=True):
         if each.sha256 + each.puzzles_sha256 != expected:

@@ -68,7 +68,7 @@ def share_plan(
     elif about["batch_count"] >= 0:
         state = _share_plans_state(plan, group)
     message = bytes(group.broadcast(to_message(plan) if plan else b""))
-    plan = plan or from_message(message, state)
+    plan = plan or from_message(message, state, config)
     _compare_environments(environment(plan.config), group)
     return plan, about["identity"]
 

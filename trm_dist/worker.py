@@ -73,8 +73,9 @@ logger = logging.getLogger(__name__)
 
 _SIGNS_OF_A_LOST_WORKER = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
+    "ncclRemoteError",
 )  # fmt: skip
-"""How gloo's RuntimeError tells that the other end of a connection has ended or is silent."""
+"""How errors of gloo and NCCL tell that the other end of a connection has ended or is silent."""
 
 _FINAL = (UserError, TrainingError, StoreError, FencedError)
 """Errors that the next start would meet again."""
@@ -169,7 +170,7 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
 def _take_device(config: Config, world: World) -> torch.device:
     """Take what this worker computes on; of the workers of a node one says what is wrong."""
     try:
-        return take_device(config.train.device, world.local_rank)
+        return take_device(config.train.device, config.train.backend, world.local_rank)
     except ConfigError as error:
         if world.is_first_of_node:
             raise

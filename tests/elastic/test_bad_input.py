@@ -42,6 +42,7 @@ FLAGS = {
     "save to no bucket": (["--dataset", "sudoku4:train", "--save", "s3://m.pt"], "s3://"),
     "puzzles": (["--dataset", "sudoku4:train?count=x"], "not a set of puzzles"),
     "no GPU": (["--dataset", "sudoku4:train", "--device", "cuda"], "--device cuda: "),
+    "no GPU for NCCL": (["--dataset", "sudoku4:train", "--backend", "nccl"], "--backend nccl "),
 }
 
 

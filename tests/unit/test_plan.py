@@ -12,7 +12,14 @@ from trm_dist.checkpoint.store import LocalStore
 from trm_dist.config import Config
 from trm_dist.data.dataset import open_dataset
 from trm_dist.errors import DataError
-from trm_dist.plan import check_puzzles, check_space, estimate, make_plan
+from trm_dist.plan import (
+    check_puzzles,
+    check_space,
+    estimate,
+    from_message,
+    make_plan,
+    to_message,
+)
 
 DATA = "sudoku4:train?count=8"
 
@@ -66,3 +73,10 @@ def test_data_with_more_puzzles_than_the_model_has_vectors_are_refused() -> None
     check_puzzles(having, dataset, num_puzzles=3)
     with pytest.raises(DataError, match="3 puzzles, and the model vectors for 2"):
         check_puzzles(having, dataset, num_puzzles=2)
+
+
+def test_what_a_worker_computes_on_is_its_own_affair(tmp_path: Path) -> None:
+    ours = Config().with_values({"dataset": DATA, "checkpoint_dir": str(tmp_path)})
+    plan = make_plan(ours, (), "job")
+    theirs = ours.with_values({"device": "cpu"})
+    assert from_message(to_message(plan), None, theirs).config.train == theirs.train

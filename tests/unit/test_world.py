@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from trm_dist.elastic.world import Group, World, agree_on_prefix, launch_id
+from trm_dist.elastic.world import Group, World, agree_on_prefix, launch_id, why_not_nccl
 
 ROOT = Path(__file__).parents[2]
 PRINT_LAUNCH_ID = """
@@ -97,6 +97,22 @@ def test_group_of_one_needs_nobody() -> None:
 
     assert group.broadcast(b"data") == b"data"
     assert group.sum_(torch.ones(2)).tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "trouble"),
+    [
+        (["a 1", "", "a 2"], "worker 1 has no GPU"),
+        (["a 1", "a 1"], "workers 0 and 1 share a GPU"),
+        (["b 1", "a 1", "a 2", "a 1"], "workers 1 and 3 share a GPU"),
+    ],
+)
+def test_workers_without_a_gpu_of_their_own_are_named(gpus: list[str], trouble: str) -> None:
+    assert why_not_nccl(gpus) == trouble
+
+
+def test_workers_with_gpus_of_their_own_need_nothing_but_nccl() -> None:
+    assert "GPU" not in why_not_nccl(["a 1", "a 2", "b 1"])
 
 
 # -- the name of a launch --------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """What computes: the processor, or one GPU for each worker of a node."""
 
+import os
+import socket
 from typing import Literal
 
 import torch
@@ -7,20 +9,27 @@ import torch
 from trm_dist.errors import ConfigError
 
 Kind = Literal["auto", "cpu", "cuda"]
+Backend = Literal["auto", "gloo", "nccl"]
 
 
-def take_device(wanted: Kind, local_rank: int) -> torch.device:
+def take_device(wanted: Kind, backend: Backend, local_rank: int) -> torch.device:
     """Take what this worker computes on; a GPU becomes the current one.
 
     Args:
         wanted: auto: a GPU where this machine has one.
+        backend: What shall carry gradients; NCCL does so from GPU to GPU only.
         local_rank: Of this worker on its node. Worker i takes GPU i, and more workers than GPUs
             share them.
 
     Raises:
-        ConfigError: A GPU is wanted and none can be used.
+        ConfigError: A GPU is wanted, or NCCL, and none can be used.
     """
     if _kind(wanted) == "cpu":
+        if backend == "nccl":
+            raise ConfigError(
+                "--backend nccl carries gradients from GPU to GPU, and here a processor computes. "
+                "Leave the flag out."
+            )
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if not count or not torch.cuda.is_available():
@@ -36,6 +45,14 @@ def take_device(wanted: Kind, local_rank: int) -> torch.device:
 def device_name(wanted: Kind) -> str:
     """Return the name of what this worker computes on: cpu, or that of the current GPU."""
     return "cpu" if _kind(wanted) == "cpu" else torch.cuda.get_device_name()
+
+
+def gpu_identity(device: torch.device) -> str:
+    """Name a GPU among all machines, as NCCL tells them apart; empty: it is none."""
+    if device.type != "cuda":
+        return ""
+    host = os.environ.get("NCCL_HOSTID") or socket.gethostname()
+    return f"{host} {torch.cuda.get_device_properties(device).uuid}"
 
 
 def _kind(wanted: Kind) -> str:

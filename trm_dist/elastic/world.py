@@ -6,23 +6,21 @@ never ask torch.distributed for a rank.
 
 import os
 import secrets
-import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from trm_dist.elastic.agent import LAUNCH, num_restarts
+from trm_dist.elastic.device import Backend, gpu_identity
 from trm_dist.elastic.process import start_mark
 from trm_dist.elastic.reduction import OVER_GLOO, Carrier
 from trm_dist.errors import ConfigError
-
-Backend = Literal["auto", "gloo", "nccl"]
 
 JOIN_TIMEOUT_S = 300.0
 PATIENCE_S = 1800.0
@@ -30,8 +28,6 @@ PATIENCE_S = 1800.0
 _EXCUSE = "trm_dist/excuse"
 _EXCUSE_EVERY_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.001, 0.1
-_SHARED_GPU = "Duplicate GPU"
-"""What NCCL says where two workers have the same one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,30 +109,19 @@ class Group:
         """
         if self.world.size == 1 or wanted == "gloo":
             return OVER_GLOO
-        gpus = [each.decode() for each in self.gather(_identity(device).encode())]
-        has_own = all(gpus) and len(set(gpus)) == len(gpus) and dist.is_nccl_available()
-        if wanted == "auto" and not has_own:
+        gpus = [each.decode() for each in self.gather(gpu_identity(device).encode())]
+        trouble = why_not_nccl(gpus)
+        if trouble and wanted == "auto":
             return OVER_GLOO
-        if not all(gpus):
-            raise self._alike(
-                "--backend nccl carries gradients from GPU to GPU, and worker "
-                f"{gpus.index('')} has none. Leave the flag out."
+        if trouble:
+            message = (
+                f"--backend nccl cannot carry the gradients: {trouble}. Start as many workers on a "
+                "node as it has GPUs, or leave the flag out."
             )
+            raise ConfigError(message if self.world.is_writer else "")
         group = dist.new_group(backend="nccl", timeout=self._timeout)
-        try:
-            dist.all_reduce(torch.zeros(1, device=device), group=group)  # it connects now
-        except dist.DistBackendError as error:
-            if _SHARED_GPU not in str(error):
-                raise
-            raise self._alike(
-                "--backend nccl needs a GPU for each worker, and some share one. Start as many "
-                "workers on a node as it has GPUs, or leave the flag out."
-            ) from error
+        dist.all_reduce(torch.zeros(1, device=device), group=group)  # it connects now
         return Carrier(group, device)
-
-    def _alike(self, message: str) -> ConfigError:
-        """Return an error that all workers raise, and of which one speaks."""
-        return ConfigError(message if self.world.is_writer else "")
 
     def broadcast(self, data: bytes | memoryview, source: int = 0) -> memoryview:
         """Send one worker's bytes to everyone; what others pass in is ignored."""
@@ -192,11 +177,20 @@ def form_group(world: World, environment: Mapping[str, str], hang_timeout_s: flo
     return Group(world, store, timeout)
 
 
-def _identity(device: torch.device) -> str:
-    """Name a GPU among all machines; empty: it is none."""
-    if device.type != "cuda":
-        return ""
-    return f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+def why_not_nccl(gpus: Sequence[str]) -> str:
+    """Say why NCCL cannot carry gradients between workers; empty: it can.
+
+    Asked of NCCL itself, only the workers that share a GPU would hear of it; the others would wait.
+
+    Args:
+        gpus: `gpu_identity` of each worker's device, by rank.
+    """
+    if "" in gpus:
+        return f"worker {gpus.index('')} has no GPU"
+    for rank, gpu in enumerate(gpus):
+        if gpu in gpus[:rank]:
+            return f"workers {gpus.index(gpu)} and {rank} share a GPU"
+    return "" if dist.is_nccl_available() else "this build of torch has no NCCL"
 
 
 def agree_on_prefix(store: dist.Store, world: World) -> str:
