@@ -44,6 +44,7 @@ test-k8s: $(READY)
 
 # On a machine with a GPU; one is enough.
 test-gpu: $(READY)
+	$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and f"torch {torch.__version__} finds no GPU here, so every test would be skipped")'
 	$(BIN)/python -m pytest tests/gpu
 
 # Builds the image and runs the manifests in containers: root, and apt-get install buildah
