@@ -429,15 +429,7 @@ def _give_up(error: Exception, saving: _Saving, listener: StopListener) -> NoRet
     """End this worker for an error: the newest state saved, one message or a traceback."""
     manager = saving.manager
     is_lost_worker = any(sign in str(error) for sign in _SIGNS_OF_A_LOST_WORKER)
-    if isinstance(error, TrmDistError):
-        # Of the errors that all workers see alike, one speaks.
-        if str(error) and (manager or isinstance(error, UserError)):
-            tell(str(error))
-    elif is_lost_worker:
-        sign = next(each for each in _SIGNS_OF_A_LOST_WORKER if each in str(error))
-        logger.warning("another worker is gone (%s)", sign)
-    else:
-        logger.error("training failed", exc_info=error)
+    _tell_people(error, is_lost_worker=is_lost_worker, is_writer=manager is not None)
     _tell_agent(error, is_lost_worker=is_lost_worker)
     if listener.stopping.is_set():  # the stop saves and ends this process
         threading.Event().wait()
@@ -451,6 +443,25 @@ def _give_up(error: Exception, saving: _Saving, listener: StopListener) -> NoRet
     if isinstance(error, FencedError) and _is_replaced_by_own_launch(saving):
         _leave(EXIT_REPLACED)
     _leave(_exit_code(error, is_lost_worker=is_lost_worker))
+
+
+def _tell_people(error: Exception, *, is_lost_worker: bool, is_writer: bool) -> None:
+    """Say what has ended this worker: a message where it is understood, else a traceback."""
+    if isinstance(error, TrmDistError):
+        # Of the errors that all workers see alike, one speaks.
+        if str(error) and (is_writer or isinstance(error, UserError)):
+            tell(str(error))
+    elif isinstance(error, torch.OutOfMemoryError):
+        what = ". ".join(str(error).split(". ")[:2])
+        tell(
+            f"{what}. Start fewer workers on this GPU or free it of others; a new run takes less "
+            "with more --shards, which are computed one after the other."
+        )
+    elif is_lost_worker:
+        sign = next(each for each in _SIGNS_OF_A_LOST_WORKER if each in str(error))
+        logger.warning("another worker is gone (%s)", sign)
+    else:
+        logger.error("training failed", exc_info=error)
 
 
 def _is_replaced_by_own_launch(saving: _Saving) -> bool:

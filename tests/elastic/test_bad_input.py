@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -63,6 +66,26 @@ def test_what_needs_a_gpu_is_told_once_where_there_is_none(
         assert run.end() != 0
         assert run.errors.read_text().count(f"trm_dist: {expected}") == 1
         assert not run.events("batch")
+
+
+FULL_GPU = """
+    import sys, torch
+    from trm_dist.cli import main
+    from trm_dist.model.trm import Trm
+    def forward(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 MiB. GPU 0 has ...")
+    Trm.forward = forward
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_gpu_without_memory_is_told_in_a_message(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(FULL_GPU), "train"]
+    flags = ["--dataset", "sudoku4:train?count=50", "--checkpoint-dir", str(tmp_path / "c")]
+    found = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "CUDA out of memory. Tried to allocate 9 MiB. Start fewer workers" in found.stderr
+    assert "Traceback" not in found.stderr
 
 
 @pytest.mark.parametrize("command", ["train", "check"])
