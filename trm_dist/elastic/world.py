@@ -119,6 +119,8 @@ class Group:
                 "node as it has GPUs, or leave the flag out."
             )
             raise ConfigError(message if self.world.is_writer else "")
+        # Any other way to deal with a lost worker may let this one go on with half a sum.
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "1"
         group = dist.new_group(backend="nccl", timeout=self._timeout)
         dist.all_reduce(torch.zeros(1, device=device), group=group)  # it connects now
         return Carrier(group, device)
