@@ -1,15 +1,21 @@
 """Generations at a real rendezvous process, and what must not happen when it is replaced."""
 
+import os
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 from torch.distributed import TCPStore
 
-from tests.elastic.harness import Undisturbed, training
+from tests.elastic.harness import Undisturbed, kill, training
 from tests.elastic.test_kill import assert_same_bits
 from trm_dist.checkpoint.runs import claim, new_writer, read_run
 from trm_dist.checkpoint.store import open_store
@@ -26,8 +32,8 @@ from trm_dist.launch.membership import (
 
 
 @contextmanager
-def rendezvous(port: int) -> Iterator[str]:
-    command = [sys.executable, "-m", "trm_dist", "rendezvous", "--host", "127.0.0.1"]
+def rendezvous(port: int, prefix: Sequence[str] = ()) -> Iterator[str]:
+    command = [*prefix, sys.executable, "-m", "trm_dist", "rendezvous", "--host", "127.0.0.1"]
     with subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout
@@ -86,6 +92,41 @@ def test_port_that_is_taken_is_wrong_usage(free_port: int) -> None:
     assert f"127.0.0.1:{free_port} cannot be listened on" in second.stderr
 
 
+class SlowNames:
+    """A name server that knows nobody, and takes two seconds to say so."""
+
+    ADDRESS = "127.0.0.77"
+
+    def __init__(self) -> None:
+        self.num_questions = 0
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind((self.ADDRESS, 53))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            question, client = self._socket.recvfrom(512)
+            self.num_questions += 1
+            answer = question[:2] + b"\x81\x83" + question[4:]  # there is no such name
+            threading.Timer(2, self._socket.sendto, (answer, client)).start()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a place of its own for /etc/hosts needs root")
+def test_rendezvous_does_not_wait_for_names(free_port: int, tmp_path: Path) -> None:
+    """Whoever waits for it meanwhile would be taken for dead by the others."""
+    names = SlowNames()
+    (tmp_path / "hosts").touch()
+    (tmp_path / "resolv.conf").write_text(f"nameserver {names.ADDRESS}\n")
+    script = 'for each in hosts resolv.conf; do mount --bind "$0/$each" /etc/$each; done; exec "$@"'
+    inside = ["unshare", "--mount", "sh", "-ec", script, str(tmp_path)]
+
+    with rendezvous(free_port, inside) as endpoint:
+        for _ in range(3):
+            assert current(connect(endpoint), "job").number == 0
+
+    assert names.num_questions == 1, "the first failure is the last"
+
+
 def test_store_that_is_lost_while_joining_is_no_end_of_the_run(free_port: int) -> None:
     """An exit code of 1 or 2 would be taken for how the run has ended on another node."""
     store = TCPStore(
@@ -93,6 +134,35 @@ def test_store_that_is_lost_while_joining_is_no_end_of_the_run(free_port: int) -
     )  # tells nothing
 
     assert main(asdict(member(f"127.0.0.1:{store.port}"))) == EXIT_LOST
+
+
+def test_node_that_was_forgotten_is_not_passed_over(
+    directory: Path, free_port: int, tmp_path: Path
+) -> None:
+    def node(number: int) -> dict[str, str]:
+        memory = tmp_path / f"memory {number}"
+        memory.mkdir()
+        return {
+            "--nnodes": "1:2", "--rdzv-endpoint": endpoint, "--rdzv-id": "job",
+            "--local-addr": "127.0.0.1", "--snapshot-dir": str(memory), "--epochs": "1000",
+        }  # fmt: skip
+
+    with rendezvous(free_port) as endpoint, training(directory, launch=1, flags=node(0)) as first:
+        first.wait_for_batches(5)
+        agent = first.named("trm agent")
+        kill(agent, signal.SIGSTOP)
+        time.sleep(4)  # a sign of life is due each second, and three may be missing
+        kill(agent, signal.SIGCONT)
+        with training(directory, launch=1, flags=node(1)) as second:
+            both = [first, second]
+            second.wait_for(
+                lambda: any(
+                    each["world_size"] == 2 for run in both for each in run.events("started")
+                ),
+                "a world of both",
+            )
+            assert {each["world_size"] for each in second.events("started")} <= {2}
+            assert "anew" not in first.errors.read_text() + second.errors.read_text()
 
 
 def test_writer_that_a_group_of_its_own_job_has_replaced_meets_it_anew(

@@ -6,6 +6,9 @@ way closes its rendezvous for good, so it moves everyone on to the next generati
 supervisors follow. A store that was replaced starts over with another boot id, which is part of the
 name they meet under and of every move: a move that was meant for the old store does nothing in the
 new one.
+
+A node that has shown no sign of life for three seconds is forgotten there, and torch leaves it at
+that: the node trains on, and who joins next forms a group without it. Ours notices and joins again.
 """
 
 import logging
@@ -22,6 +25,16 @@ from typing import Any
 
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.rendezvous import (
+    RendezvousHandler,
+    RendezvousParameters,
+    rendezvous_handler_registry,
+)
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
+    DynamicRendezvousHandler,
+    create_handler,
+)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from trm_dist.errors import EXIT_LOST, EXIT_PREEMPTED
@@ -30,6 +43,7 @@ from trm_dist.launch.rendezvous import BOOT
 
 logger = logging.getLogger(__name__)
 
+_BACKEND = "trm_dist"
 _CONNECT_S = 2.0
 _TELL_EVERY_S = 10.0
 _WATCH_EVERY_S = 0.5
@@ -45,6 +59,29 @@ _RENDEZVOUS = {
     "read_timeout": 20,
     "is_host": False,
 }
+
+
+class _Handler(DynamicRendezvousHandler):
+    """torch's handler of a store, for a node that notices when it is forgotten."""
+
+    def get_backend(self) -> str:
+        """Return the name under which torch finds this handler."""
+        return _BACKEND
+
+    def num_nodes_waiting(self) -> int:
+        """Return how many nodes wait for the next round; this one does when it is forgotten."""
+        waiting: int = super().num_nodes_waiting()
+        return waiting or int(self._this_node not in self._state_holder.state.participants)
+
+
+def _new_handler(parameters: RendezvousParameters) -> RendezvousHandler:
+    backend, store = create_backend(parameters)
+    handler = create_handler(store, backend, parameters)
+    handler.__class__ = _Handler  # it has no other state, and torch asks nobody for the class
+    return handler
+
+
+rendezvous_handler_registry.register(_BACKEND, _new_handler)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +111,7 @@ def join(member: Member) -> int:
     watching = threading.Thread(target=_watch, args=(member, generation), daemon=True)
     watching.start()
     name = f"{member.job}-{generation.boot}-{generation.number}"
-    code = _run(member, name, "c10d", member.endpoint, _RENDEZVOUS)
+    code = _run(member, name, _BACKEND, member.endpoint, _RENDEZVOUS)
     if code == EXIT_LOST:
         move_on(connect(member.endpoint), member.job, generation)
     return code

@@ -5,6 +5,7 @@ another one at the same address is enough: its boot id tells the nodes that it i
 they start anew from memory.
 """
 
+import os
 import secrets
 import signal
 import threading
@@ -28,6 +29,10 @@ def serve(host: str, port: int) -> int:
     ending = threading.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda _signum, _frame: ending.set())
+    # torch's store looks up the name of whoever connects and serves nobody meanwhile: 10 s where no
+    # name server knows it, so that all nodes take each other for dead. After one failure it does
+    # without names, so that one may come soon.
+    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
     try:
         store = TCPStore(
             host, port, is_master=True, wait_for_workers=False, multi_tenant=True,
