@@ -5,6 +5,7 @@
 #                that no registry is needed
 #   TORCH_LINKS  where torch without CUDA is; without it where pip here is told to look, else where
 #                the Dockerfile says
+#   VARIANT      cuda: the image with CUDA instead, localhost/trm_dist:cuda, which no test runs
 #
 # Needs root and: buildah debootstrap podman runc netavark iptables
 set -euo pipefail
@@ -27,15 +28,22 @@ if [ -z "${BASE:-}" ]; then
     fi
 fi
 
-options=(--isolation chroot --layers --build-arg "BASE=$BASE")
-TORCH_LINKS=${TORCH_LINKS:-$(.venv/bin/pip config get global.find-links 2>/dev/null || true)}
+VARIANT=${VARIANT:-cpu}
+image=localhost/trm_dist:latest
+options=(--isolation chroot --layers --build-arg "BASE=$BASE" --build-arg "VARIANT=$VARIANT")
+if [ "$VARIANT" = cuda ]; then
+    image=localhost/trm_dist:cuda
+    TORCH_LINKS=
+else
+    TORCH_LINKS=${TORCH_LINKS:-$(.venv/bin/pip config get global.find-links 2>/dev/null || true)}
+fi
 if [ -n "$TORCH_LINKS" ]; then
     options+=(--build-arg "TORCH_LINKS=$TORCH_LINKS")
     if [ -d "$TORCH_LINKS" ]; then options+=(--volume "$TORCH_LINKS:$TORCH_LINKS:ro"); fi
 fi
 SECONDS=0
-buildah bud "${options[@]}" --file docker/Dockerfile --tag localhost/trm_dist:latest .
-echo "built in $SECONDS s: $(podman image inspect localhost/trm_dist:latest --format '{{.Size}}') bytes"
+buildah bud "${options[@]}" --file docker/Dockerfile --tag "$image" .
+echo "built in $SECONDS s: $(podman image inspect "$image" --format '{{.Size}}') bytes"
 
 s3=$(sed -n 's/^ *image: *\(chrislusf.*\)/\1/p' k8s/overlays/local/s3.yaml)
 mkdir -p "$work/s3"

@@ -21,7 +21,9 @@ _FIELDS = {
     "metadata.labels['batch.kubernetes.io/controller-uid']": "uid",
 }
 _SPARE_S = 5
-_WORKER_BYTES = 0.6 * 2**30
+_GPU = "nvidia.com/gpu"
+_WORKER_BYTES, _GPU_WORKER_BYTES = 0.6 * 2**30, 4 * 2**30
+"""CUDA itself takes more of a process than training does."""
 _NODE_BYTES = 0.5 * 2**30
 """Of the supervisor, the zygote and the persister."""
 
@@ -230,9 +232,52 @@ def _memory_suffices(objects: list[Object]) -> Iterator[str]:
     slots = parsed.config.checkpoint.snapshot_slots * _checkpoint_bytes(parsed)
     if shm_bytes < 2 * slots:
         yield f"/dev/shm has not twice the {slots / 2**20:.0f} MiB of the snapshots"
-    needed = shm_bytes + parsed.launch.nproc_per_node * _WORKER_BYTES + _NODE_BYTES
+    worker_bytes = _GPU_WORKER_BYTES if _num_gpus(container) else _WORKER_BYTES
+    needed = shm_bytes + parsed.launch.nproc_per_node * worker_bytes + _NODE_BYTES
     if quantity(container["resources"]["limits"]["memory"]) < needed:
         yield f"the memory limit is less than {needed / 2**20:.0f} MiB"
+
+
+def _each_worker_has_what_computes(objects: list[Object]) -> Iterator[str]:
+    parsed, spec = launched(objects), named(objects, "Job")["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    resources, workers = container["resources"], parsed.launch.nproc_per_node
+    gpus = _num_gpus(container)
+    if gpus not in {0, workers}:
+        yield f"{workers} workers have {gpus} GPUs"
+    if parsed.config.train.device != ("cuda" if gpus else "cpu"):
+        yield f"--device {parsed.config.train.device} with {gpus} GPUs"
+    if int(resources["requests"].get(_GPU, gpus)) != gpus:
+        yield "a server takes no other request for GPUs than their limit"
+    if quantity(resources["limits"]["cpu"]) < workers:
+        yield f"{workers} workers have {resources['limits']['cpu']} cores"
+    tolerated = [each for each in spec["tolerations"] if each["key"] == _GPU]
+    if tolerated != [{"key": _GPU, "operator": "Exists", "effect": "NoSchedule"}] * bool(gpus):
+        yield f"{gpus} GPUs, and taints of nodes with GPUs are tolerated by {tolerated}"
+    set_here = {each["name"] for each in container["env"]}
+    if "NVIDIA_VISIBLE_DEVICES" in set_here:
+        yield "NVIDIA_VISIBLE_DEVICES would give a pod the GPUs of others"
+
+
+def _num_gpus(container: Object) -> int:
+    return int(container["resources"]["limits"].get(_GPU, 0))
+
+
+def _workers_reach_each_other(objects: list[Object]) -> Iterator[str]:
+    """On any port: gloo and NCCL choose theirs as they start."""
+    ingress = named(objects, "NetworkPolicy")["spec"]["ingress"]
+    labels = dict(pods(objects))["trm"]["metadata"]["labels"].items()
+    among = [
+        peer["podSelector"].get("matchLabels", {}).items()
+        for rule in ingress
+        if "ports" not in rule
+        for peer in rule.get("from", [])
+        if set(peer) == {"podSelector"}
+    ]
+    if not any(ours and ours <= labels for ours in among):
+        yield "the NetworkPolicy does not let workers reach each other on any port"
+    if any("ports" not in rule and "from" not in rule for rule in ingress):
+        yield "the NetworkPolicy lets anyone in"
 
 
 def _writes_go_to_volumes(objects: list[Object]) -> Iterator[str]:
@@ -248,6 +293,9 @@ def _writes_go_to_volumes(objects: list[Object]) -> Iterator[str]:
     config = launched(objects).config
     if not {config.data.cache_dir, config.checkpoint.snapshot_dir} <= mounts:
         yield "--cache-dir or --snapshot-dir is no volume"
+    home = next((each["value"] for each in job["env"] if each["name"] == "HOME"), "")
+    if home not in mounts and config.train.device == "cuda":
+        yield "HOME is no volume, and CUDA keeps there what it compiles"
 
 
 def _requests_are_limits(objects: list[Object]) -> Iterator[str]:
@@ -284,6 +332,8 @@ _RULES = [
     _exit_codes_are_ours,
     _grace_periods_add_up,
     _memory_suffices,
+    _each_worker_has_what_computes,
+    _workers_reach_each_other,
     _writes_go_to_volumes,
     _requests_are_limits,
     _images_are_one,
@@ -304,6 +354,7 @@ def _meeting(objects: list[Object]) -> RendezvousArguments:
 
 @cache
 def _checkpoint_bytes(parsed: LaunchArguments) -> int:
-    """What `trm_dist check` prints, for an empty directory, as the bucket is not here."""
-    config = parsed.config.with_values({"checkpoint_dir": "/nonexistent", "cache_dir": "none"})
+    """What `trm_dist check` prints, for an empty directory, as neither bucket nor GPU is here."""
+    here = {"checkpoint_dir": "/nonexistent", "cache_dir": "none", "device": "cpu"}
+    config = parsed.config.with_values(here)
     return estimate(make_plan(config, {"dataset"}, ""))["checkpoint_bytes"]

@@ -62,6 +62,31 @@ def test_kustomization_of_the_readme_is_a_whole_run(tmp_path: Path) -> None:
     assert "arn:aws:iam::ACCOUNT:role/ROLE" in account["metadata"]["annotations"].values()
 
 
+@pytest.mark.parametrize("cloud", ["eks", "gke", "aks"])
+def test_gpus_are_had_on_any_cloud(
+    tmp_path: Path, built: dict[str, list[Object]], cloud: str
+) -> None:
+    k8s = os.path.relpath(K8S, tmp_path)
+    (tmp_path / "kustomization.yaml").write_text(
+        f"resources: [{k8s}/overlays/{cloud}]\ncomponents: [{k8s}/gpu]\n"
+    )
+
+    objects = build(tmp_path)
+
+    assert violations(objects) == []
+    for each in objects:
+        kubernetes_validate.validate(each, VERSIONS[-1], strict=True)
+    pod, before = (
+        named(those, "Job")["spec"]["template"]["spec"] for those in (objects, built[cloud])
+    )
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert pod["tolerations"][:-1] == before["tolerations"]
+    for kept in ("nodeSelector", "terminationGracePeriodSeconds", "securityContext"):
+        assert pod[kept] == before[kept]
+    data, before = (named(those, "ConfigMap")["data"] for those in (objects, built[cloud]))
+    assert data == before | {"WORKERS": "1", "DEVICE": "cuda"}
+
+
 def test_namespace_of_a_second_run_holds_all_of_it(tmp_path: Path) -> None:
     base = os.path.relpath(K8S / "base", tmp_path)
     (tmp_path / "kustomization.yaml").write_text(f"namespace: run-two\nresources: [{base}]\n")
@@ -146,6 +171,15 @@ BROKEN: dict[str, tuple[Callable[[list[Object]], object], str]] = {
     "disk": (_job(lambda spec: spec["template"]["spec"]["volumes"][0]["emptyDir"].pop("medium")),
              "is no memory"),
     "memory": (_data(WORKERS="3"), "memory limit is less"),
+    "cores": (_data(WORKERS="3"), "3 workers have 2 cores"),
+    "taint": (_job(lambda spec: spec["template"]["spec"]["tolerations"].append(
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"})),
+        "0 GPUs, and taints"),
+    "device": (_data(DEVICE="auto"), "--device auto with 0 GPUs"),
+    "ports": (lambda objects: named(objects, "NetworkPolicy")["spec"]["ingress"][0].update(
+        ports=[{"port": 29500}]), "does not let workers reach"),
+    "anyone": (lambda objects: named(objects, "NetworkPolicy")["spec"]["ingress"][1].clear(),
+               "lets anyone in"),
     "cache": (_argument("--cache-dir=/cache", "--cache-dir=/var/cache"), "is no volume"),
     "root": (_trainer(lambda each: each["securityContext"].update(readOnlyRootFilesystem=False)),
              "can be written"),
@@ -156,10 +190,38 @@ BROKEN: dict[str, tuple[Callable[[list[Object]], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BROKEN)
-def test_rule_bites(built: dict[str, list[Object]], name: str) -> None:
-    change, message = BROKEN[name]
-    objects = deepcopy(built["job.yaml"])
+def _limits(**values: str | int) -> Callable[[list[Object]], object]:
+    return _trainer(lambda each: each["resources"]["limits"].update(values))
+
+
+def _environment(old: str, new: str) -> Callable[[list[Object]], object]:
+    def change(container: Job) -> None:
+        next(each for each in container["env"] if each["name"] == old)["name"] = new
+
+    return _trainer(change)
+
+
+BROKEN_WITH_GPUS: dict[str, tuple[Callable[[list[Object]], object], str]] = {
+    "more workers": (_data(WORKERS="2"), "2 workers have 1 GPUs"),
+    "more GPUs": (_limits(**{"nvidia.com/gpu": 2}), "1 workers have 2 GPUs"),
+    "other request": (_limits(**{"nvidia.com/gpu": 2}), "no other request for GPUs"),
+    "processor": (_data(DEVICE="auto"), "--device auto with 1 GPUs"),
+    "memory of CUDA": (_limits(memory="4Gi"), "memory limit is less than 5632 MiB"),
+    "taint": (_job(lambda spec: spec["template"]["spec"]["tolerations"].pop()),
+              "1 GPUs, and taints"),
+    "all GPUs": (_environment("NVIDIA_DRIVER_CAPABILITIES", "NVIDIA_VISIBLE_DEVICES"),
+                 "the GPUs of others"),
+    "home": (_environment("HOME", "OTHER"), "HOME is no volume"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("manifest", "name"),
+    [*(("job.yaml", each) for each in BROKEN), *(("gpu", each) for each in BROKEN_WITH_GPUS)],
+)
+def test_rule_bites(built: dict[str, list[Object]], manifest: str, name: str) -> None:
+    change, message = (BROKEN_WITH_GPUS if manifest == "gpu" else BROKEN)[name]
+    objects = deepcopy(built[manifest])
 
     change(objects)
 
