@@ -1,5 +1,7 @@
 """The image and the manifests, run for real by podman: pods are lost and come back."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.elastic.harness import DEADLINE_S, SMALL, as_arguments
-from tests.k8s.cluster import Cluster, Pod, cluster
+from tests.k8s.cluster import Cluster, Pod, cluster, has_image, podman
 from tests.k8s.manifests import K8S, build
 
 pytestmark = [pytest.mark.image, pytest.mark.timeout(2400)]
@@ -67,6 +69,25 @@ def assert_confined(pod: Pod) -> None:
 def peak_memory_bytes(pod: Pod) -> int:
     names = "memory/memory.max_usage_in_bytes memory.peak"  # of cgroups of version 1 and 2
     return int(pod.shell(f"cd /sys/fs/cgroup; cat {names} 2>/dev/null || true").split()[0])
+
+
+DIGEST = (
+    "import hashlib, pathlib, trm_dist; root = pathlib.Path(trm_dist.__file__).parent; "
+    "files = [each for each in sorted(root.rglob('*.*')) if each.suffix not in ('.md', '.pyc')]; "
+    "print(hashlib.sha256(b''.join(each.read_bytes() for each in files)).hexdigest())"
+)
+
+
+def test_image_holds_the_package_as_it_stands_here() -> None:
+    """Not that of an earlier build, from a layer that was kept."""
+    if not has_image():
+        pytest.skip("needs podman and the image (make test-image)")
+    run = ["run", "--rm", "--network=none", "--entrypoint=python3", "localhost/trm_dist:latest"]
+    here = subprocess.run(
+        [sys.executable, "-c", DIGEST], capture_output=True, check=True, text=True, cwd=K8S.parent
+    )
+
+    assert podman(*run, "-c", DIGEST) == here.stdout
 
 
 def test_pods_are_lost_and_come_back_and_the_bits_are_the_same(
