@@ -64,3 +64,4 @@ def test_a_killed_host_comes_back_and_training_goes_on(up: None) -> None:
     compose("up", "--detach", "--no-build")
     wait_for("2 worker(s)", together + 1)
     wait_for("resumed from memory", 1)
+    assert not count("anew"), "it has met the other one, and not formed a group beside it"
