@@ -74,7 +74,7 @@ def ours(dim: int, precision: Any, *, is_recorded: bool) -> tuple[Step, Callable
 def others(make: Callable[..., Step], dim: int, precision: str) -> Step:
     """Return a step of plain code or the peer, under autocast where it is to be bf16."""
     with DEVICE:
-        step = make("mlp", dim, POSITIONS, World())
+        step = make(sizes.Case("mlp", dim, POSITIONS, ROWS), World())
 
     def cast() -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
@@ -96,7 +96,6 @@ def timed(step: Step, times: int) -> float:
 def main(dims: list[int]) -> None:
     """Measure all sizes."""
     pin_numerics(1)
-    sizes.ROWS = ROWS
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {ROWS} rows", flush=True)
     for dim in dims:
         for precision in ("fp32", "bf16"):

@@ -1,30 +1,28 @@
-"""What the fixed order of sums costs, beside native DDP at the same global batch. Prints ratios.
+"""What the fixed order of sums costs, beside native DDP at the same global batch.
 
-    python -m tests.benchmarks.reduction [DIM [ROWS]]
-    torchrun --nproc_per_node=2 -m tests.benchmarks.reduction [DIM [ROWS]]
+    python -m tests.benchmarks.reduction [--size full|quick|tiny] [--dim DIM] [--shard-rows ROWS]
+    torchrun --nproc_per_node=2 -m tests.benchmarks.reduction [...]
 
-ROWS are those of a shard, of 16 tokens each. Three ways are interleaved in one run: native DDP with
-one big local batch; native DDP that accumulates the rows of the shards; and the shards with their
-fixed tree. A step is one supervision step, forward and backward, up to the reduced gradient.
-Medians, with their quartiles, over blocks; wall time, and CPU time of all workers, which counts
-where there are more workers than cores. Bytes are what the loopback interface carried. Nothing else
-may compute or talk meanwhile.
+A row has 16 tokens. Three ways are interleaved in one run: native DDP with one big local batch;
+native DDP that accumulates the rows of the shards; and ours, the shards with their fixed tree. A
+step is one supervision step, forward and backward, up to the reduced gradient. Wall time, and CPU
+time of all workers, which counts where there are more workers than cores. Bytes are what the
+loopback interface carried. Nothing else may compute or talk meanwhile.
 """
 
 import os
 import resource
-import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.benchmarks.table import Goal, Row, parser, publish
 from trm_dist.config import Config
 from trm_dist.data.dataset import open_dataset
 from trm_dist.elastic.reduction import ShardReduction, shards_of
@@ -35,17 +33,36 @@ from trm_dist.model.trm import Shape, Trm
 from trm_dist.progress import Progress
 
 SHARDS = 8
-DIM, ROWS = (int(each) for each in (*sys.argv[1:], *("128", "24")[len(sys.argv) - 1 :]))
-SIZES = {"dim": DIM, "depth": 2, "h_cycles": 2, "l_cycles": 2}
+SHAPE = {"depth": 2, "h_cycles": 2, "l_cycles": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, in how many blocks of about how long."""
+
+    dim: int
+    rows: int
+    """Of a shard."""
+    blocks: int
+    block_s: float
+
+
+PLANS = {
+    "full": Plan(dim=256, rows=24, blocks=12, block_s=1.5),
+    "quick": Plan(dim=256, rows=24, blocks=8, block_s=1.0),
+    "tiny": Plan(dim=16, rows=1, blocks=2, block_s=0.01),
+}
 
 Step = Callable[[], None]
+
+NATIVE = "native DDP, one local batch"
 
 
 class Model:
     """A model of its own for each way, behind DDP."""
 
-    def __init__(self, seq_len: int, num_tokens: int) -> None:
-        config = Config().with_values(SIZES | {"seq_len": seq_len, "heads": 2})
+    def __init__(self, dim: int, seq_len: int, num_tokens: int) -> None:
+        config = Config().with_values(SHAPE | {"dim": dim, "seq_len": seq_len, "heads": 2})
         self.module = Trm(Shape(num_tokens=num_tokens, **asdict(config.model)), seed=0)
         self.task = Supervision(self.module, n_sup=2, halt_explore=0.0, loss="stablemax", seed=0)
         with warnings.catch_warnings():
@@ -64,15 +81,15 @@ class Model:
             parameter.grad = None
 
 
-def ways(world: World) -> dict[str, Step]:
-    """Return the ways to make a step."""
+def ways(world: World, plan: Plan) -> dict[str, Step]:
+    """Return the ways to make a step, ours first."""
     dataset = open_dataset("sudoku4:train?count=1000", seq_len=0, overlong="truncate")
-    data = Config().with_values({"batch_size": SHARDS * ROWS, "shards": SHARDS}).data
+    data = Config().with_values({"batch_size": SHARDS * plan.rows, "shards": SHARDS}).data
     feed = Feed(dataset, data)
     batch = feed.batch(Progress())
     mine = shards_of(world.rank, world.size, SHARDS)
     parts = [feed.rows(batch, shard) for shard in (mine or range(1))]
-    models = [Model(dataset.seq_len, dataset.num_tokens) for _ in range(3)]
+    models = [Model(plan.dim, dataset.seq_len, dataset.num_tokens) for _ in range(3)]
     reduction = ShardReduction(
         models[2].module.parameters(), num_shards=SHARDS, rank=world.rank, world_size=world.size
     )
@@ -98,9 +115,7 @@ def ways(world: World) -> dict[str, Step]:
                 held[0] = max(held[0], len(reduction._held))
         reduction.finish()
 
-    return {"native DDP, one local batch": one_batch,
-            "native DDP, accumulating the shards' rows": accumulated,
-            "shards and their tree": shards}  # fmt: skip
+    return {"ours": shards, NATIVE: one_batch, "native DDP, accumulating": accumulated}
 
 
 held = [0]
@@ -133,16 +148,16 @@ def measure(step: Step, group: Group, steps: int) -> tuple[float, float, float]:
     return seconds / steps, float(group.sum_(cpu)) / steps, sent / steps
 
 
-def main(blocks: int = 12, block_s: float = 1.5) -> None:
+def main(plan: Plan, path: str) -> None:
     """Measure all ways, in turns."""
     torch.set_num_threads(1)
     world = World.from_environment(os.environ)
     group = form_group(world, os.environ, 60)
-    found = ways(world)
+    found = ways(world, plan)
     first = torch.tensor([measure(step, group, 1)[0] for step in found.values()])
-    steps = max(1, int(block_s / (float(group.sum_(first)[0]) / world.size)))
+    steps = max(1, int(plan.block_s / (float(group.sum_(first)[0]) / world.size)))
     took: dict[str, list[tuple[float, float, float]]] = {name: [] for name in found}
-    for block in range(blocks + 1):
+    for block in range(plan.blocks + 1):
         for name in list(found)[:: 1 if block % 2 else -1]:
             measured = measure(found[name], group, steps)
             if block:  # the first warms up
@@ -150,33 +165,37 @@ def main(blocks: int = 12, block_s: float = 1.5) -> None:
     peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024.0])
     peaks = float(group.sum_(peak)) / world.size
     if world.is_writer:
-        tell(world, took, peaks)
+        print(
+            f"{world.size} worker(s) on {os.cpu_count()} cores, {plan}; {held[0]} gradient "
+            f"buffer(s) held; peak {peaks:.0f} MiB a worker"
+        )
+        publish(rows_of(took, world, plan), path)
     group.barrier()
     os._exit(0)
 
 
-def tell(world: World, took: dict[str, list[tuple[float, float, float]]], peak: float) -> None:
-    """Print the table."""
-    print(
-        f"\n{world.size} worker(s) on {os.cpu_count()} cores, {SHARDS} shards of {ROWS * 16} "
-        f"tokens, {SIZES}; {held[0]} gradient buffer(s) held; peak {peak:.0f} MiB a worker"
-    )
-    base = next(iter(took.values()))
-    for name, each in took.items():
-        wall, cpu = ([a[i] / b[i] for a, b in zip(each, base, strict=True)] for i in (0, 1))
-        milliseconds = 1e3 * statistics.median(one[0] for one in each)
-        megabytes = statistics.median(one[2] for one in each) / 2**20
-        print(
-            f"  {name:42} {milliseconds:8.1f} ms, {_quartiles(wall)} of the first in wall time, "
-            f"{_quartiles(cpu)} in CPU time, {megabytes:6.2f} MiB sent"
-        )
-    sys.stdout.flush()
-
-
-def _quartiles(values: list[float]) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+def rows_of(
+    took: dict[str, list[tuple[float, float, float]]], world: World, plan: Plan
+) -> list[Row]:
+    """Return rows for wall time, CPU time, and what was sent."""
+    size = f"dim {plan.dim}, {SHARDS} shards of {plan.rows * 16} tokens, {world.size} worker(s)"
+    goals = {"wall time": Goal(1.03, NATIVE)}
+    rows = []
+    for index, (what, unit, scale) in enumerate(
+        [("wall time", "ms", 1e3), ("CPU time", "ms", 1e3), ("bytes sent", "MiB", 2.0**-20)]
+    ):
+        values = {name: [scale * one[index] for one in each] for name, each in took.items()}
+        rows.append(Row(
+            subject="order of sums", what=f"{what} in a step, {size}", unit=unit, better="less",
+            ours=values.pop("ours"), peers=values, goal=goals.get(what),
+        ))  # fmt: skip
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    options = parser(__doc__)
+    options.add_argument("--dim", type=int, help="instead of the size's own")
+    options.add_argument("--shard-rows", type=int, help="rows of a shard, instead of the size's")
+    asked = options.parse_args()
+    own = PLANS[asked.size]
+    main(replace(own, dim=asked.dim or own.dim, rows=asked.shard_rows or own.rows), asked.rows)

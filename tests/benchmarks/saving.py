@@ -1,23 +1,22 @@
-"""What saving costs training, beside what else there is. Prints ratios; nothing is asserted.
+"""What saving costs training, beside what else there is.
 
     python -m tests.benchmarks.saving stop        how long the training thread stands still
     python -m tests.benchmarks.saving throughput  training with a save every 20 steps against none
     torchrun --nproc_per_node=2 -m tests.benchmarks.saving throughput
-    ... throughput trm_dist                       the same without the peers, in two minutes
+    ... throughput --without-peers                in two minutes
+    ... --size full|quick|tiny
 
-Ways to save are interleaved in one process and medians are printed with their quartiles. Lightning
-takes part where it is installed (`make bench-checkpoints` sees to that). Nothing else may compute
-meanwhile.
+Ways to save are interleaved in one process. Lightning takes part where it is installed
+(`make bench-checkpoints` sees to that). Nothing else may compute meanwhile.
 """
 
 import importlib.util
 import os
 import shutil
-import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from tests.benchmarks.table import Goal, Row, parser, publish
 from trm_dist.checkpoint.client import PersisterClient
 from trm_dist.checkpoint.journal import Journal
 from trm_dist.checkpoint.manager import CheckpointManager, Snapshots
@@ -37,6 +37,32 @@ from trm_dist.elastic.world import Group, World, form_group
 from trm_dist.progress import Progress
 
 Save = Callable[[], None]
+
+OURS, COPY, NONE = "trm_dist", "a plain copy", "no saves"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and how often."""
+
+    sizes_mib: tuple[int, ...]
+    """Of states."""
+    repetitions: int
+    width: int
+    """Of the network that is trained: seven layers, so 112 MiB of state with 1,024."""
+    blocks: int
+    steps: int
+    """Of a block."""
+
+
+EVERY = 20
+"""Steps from save to save."""
+
+PLANS = {
+    "full": Plan((1, 10, 112, 1024), repetitions=9, width=1024, blocks=6, steps=40),
+    "quick": Plan((1, 112), repetitions=5, width=1024, blocks=2, steps=40),
+    "tiny": Plan((1,), repetitions=2, width=64, blocks=2, steps=20),
+}
 
 
 class Way:
@@ -115,8 +141,8 @@ def ways(directory: str, state: dict[str, Any], tensors: list[Tensor]) -> tuple[
             getattr(future, "upload_completion", future).result()
 
     found = [
-        Way("plain copy", lambda: torch._foreach_copy_(targets, tensors)),
-        Way("trm_dist", ours.save, ours.settle),
+        Way(COPY, lambda: torch._foreach_copy_(targets, tensors)),
+        Way(OURS, ours.save, ours.settle),
         Way("torch.save + fsync", lambda: to_file(state, f"{directory}/plain.pt")),
         Way("DCP save", lambda: dcp.save(state, checkpoint_id=f"{directory}/dcp", no_dist=True)),
         Way("DCP async_save, re-used stager", dcp_async, settle_dcp),
@@ -152,42 +178,44 @@ def _state_of(tensors: list[Tensor]) -> dict[str, Any]:
     return {"model_state_dict": {str(number): each for number, each in enumerate(tensors)}}
 
 
-def stop(sizes_mib: tuple[int, ...] = (1, 10, 112, 1024), repetitions: int = 9) -> None:
-    """Print how long the training thread stands still for a save of each size."""
-    for size in sizes_mib:
-        tensors = [torch.randn(size * 2**18 // 60) for _ in range(60)]
-        with tempfile.TemporaryDirectory(dir=os.getcwd()) as directory:
-            found, ours = ways(directory, _state_of(tensors), tensors)
-            took: dict[str, list[float]] = {way.name: [] for way in found}
-            for number in range(repetitions + 1):
-                for way in found:
-                    started = time.perf_counter()
-                    way.save()
-                    stopped = time.perf_counter() - started
-                    way.settle()
-                    if number:  # the first warms up
-                        took[way.name].append(stopped)
-            ours.close()
-        copy = statistics.median(took["plain copy"])
-        print(f"\nstate of {size} MiB; a plain copy takes {1e3 * copy:.3f} ms")
-        for name, values in took.items():
-            low, middle, high = statistics.quantiles(values, n=4)
-            print(f"  {name:34} {1e3 * middle:9.3f} ms ({1e3 * low:.3f} to {1e3 * high:.3f})"
-                  f"  {middle / copy:7.2f}x")  # fmt: skip
+def stop(plan: Plan) -> list[Row]:
+    """Measure how long the training thread stands still for a save of each size."""
+    return [_stop(size, plan.repetitions) for size in plan.sizes_mib]
+
+
+def _stop(size_mib: int, repetitions: int) -> Row:
+    tensors = [torch.randn(size_mib * 2**18 // 60) for _ in range(60)]
+    with tempfile.TemporaryDirectory(dir=os.getcwd()) as directory:
+        found, ours = ways(directory, _state_of(tensors), tensors)
+        took: dict[str, list[float]] = {way.name: [] for way in found}
+        for number in range(repetitions + 1):
+            for way in found:
+                started = time.perf_counter()
+                way.save()
+                stopped = time.perf_counter() - started
+                way.settle()
+                if number:  # the first warms up
+                    took[way.name].append(1e3 * stopped)
+        ours.close()
+    return Row(
+        subject="stop of the training thread per save", what=f"state of {size_mib} MiB", unit="ms",
+        better="less", ours=took.pop(OURS), limit={COPY: took.pop(COPY)}, peers=took,
+        goal=Goal(1.2, COPY),
+    )  # fmt: skip
 
 
 class Loop:
-    """A training loop of 7.35 M weights with AdamW and averages, alone or under DDP."""
+    """A training loop of seven layers with AdamW and averages, alone or under DDP."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, width: int) -> None:
         torch.manual_seed(0)
-        layers = [each for _ in range(7) for each in (nn.Linear(1024, 1024), nn.GELU())]
+        layers = [each for _ in range(7) for each in (nn.Linear(width, width), nn.GELU())]
         module = nn.Sequential(*layers)
         self._net = nn.parallel.DistributedDataParallel(module) if world.size > 1 else module
         self._weights = [each.detach() for each in module.parameters()]
         self._optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
         self._averages = [each.clone() for each in self._weights]
-        self._rows = torch.randn(256 // world.size, 1024)
+        self._rows = torch.randn(256 // world.size, width)
 
     def step(self) -> None:
         self._optimizer.zero_grad()
@@ -201,46 +229,52 @@ class Loop:
         return self._weights + moments + self._averages
 
 
-def throughput(only: str = "", blocks: int = 6, steps: int = 40, every: int = 20) -> None:
-    """Print the speed of training with a save every so many steps, against none."""
+def throughput(plan: Plan, path: str, *, with_peers: bool) -> None:
+    """Measure the speed of training with a save every so many steps, against none."""
     torch.set_num_threads(1)
     world = World.from_environment(os.environ)
     group = form_group(world, os.environ, 60)
-    loop = Loop(world)
+    loop = Loop(world, plan.width)
     for _ in range(3):
         loop.step()
     tensors = loop.tensors()
     directory = tempfile.mkdtemp(dir=os.getcwd()) if world.is_writer else ""
-    found, ours = [Way("no saves", lambda: None)], None
+    found, ours = [Way(NONE, lambda: None)], None
     if world.is_writer:
         more, ours = ways(directory, _state_of(tensors), tensors)
-        found += [way for way in more if way.name != "plain copy" and only in way.name]
+        found += [way for way in more if way.name == OURS or (with_peers and way.name != COPY)]
     count = int(group.sum_(torch.tensor([len(found) if world.is_writer else 0])))
     if not world.is_writer:
         found *= count
-    took: dict[int, list[float]] = {number: [] for number in range(count)}
-    for block in range(blocks + 1):
+    rates: dict[int, list[float]] = {number: [] for number in range(count)}
+    for block in range(plan.blocks + 1):
         for number in list(range(count))[:: 1 if block % 2 else -1]:
-            seconds = _run(loop, group, found[number], steps, every)
+            seconds = _run(loop, group, found[number], plan.steps)
             if block:  # the first warms up
-                took[number].append(seconds / steps)
+                rates[number].append(plan.steps / seconds)
     if ours is not None:
-        _print_speeds(found, took, f"world size {world.size}, {os.cpu_count()} cores, "
-                      f"state of {sum(each.nbytes for each in tensors) / 2**20:.0f} MiB, a save "
-                      f"every {every} steps, {blocks} blocks of {steps} steps each")  # fmt: skip
+        size_mib = sum(each.nbytes for each in tensors) / 2**20
+        values = {way.name: rates[number] for number, way in enumerate(found)}
+        row = Row(
+            subject="training with saves", what=f"{size_mib:.0f} MiB every {EVERY} steps, "
+            f"{world.size} worker(s) on {os.cpu_count()} cores",
+            unit="steps/s", better="more", ours=values.pop(OURS), limit={NONE: values.pop(NONE)},
+            peers=values, goal=Goal(0.99, NONE),
+        )  # fmt: skip
+        publish([row], path)
         ours.close()
         shutil.rmtree(directory)
     group.barrier()
     os._exit(0)
 
 
-def _run(loop: Loop, group: Group, way: Way, steps: int, every: int) -> float:
+def _run(loop: Loop, group: Group, way: Way, steps: int) -> float:
     """Return how long some steps take with saves in between; the last may still be written."""
     group.barrier()
     started = time.perf_counter()
     for each in range(1, steps + 1):
         loop.step()
-        if each % every == 0:
+        if each % EVERY == 0:
             way.save()
     group.barrier()
     seconds = time.perf_counter() - started
@@ -249,22 +283,15 @@ def _run(loop: Loop, group: Group, way: Way, steps: int, every: int) -> float:
     return seconds
 
 
-def _print_speeds(found: list[Way], took: dict[int, list[float]], setting: str) -> None:
-    base = took[0]
-    print(f"\n{setting}; a step without saves takes {1e3 * statistics.median(base):.1f} ms")
-    for number, way in enumerate(found):
-        ratios = sorted(b / t for b, t in zip(base, took[number], strict=True))
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"  {way.name:34} {middle:.4f} of the speed ({low:.4f} to {high:.4f})")
-    sys.stdout.flush()
-
-
 if __name__ == "__main__":
-    if sys.argv[1:] == ["stop"]:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        stop()
-        os._exit(0)
-    elif sys.argv[1:2] == ["throughput"]:
-        throughput(*sys.argv[2:3])
-    else:
-        sys.exit(__doc__)
+    options = parser(__doc__)
+    options.add_argument("what", choices=["stop", "throughput"])
+    options.add_argument("--without-peers", action="store_true", help="of throughput: ours alone")
+    asked = options.parse_args()
+    if asked.what == "throughput":
+        throughput(PLANS[asked.size], asked.rows, with_peers=not asked.without_peers)
+    if asked.without_peers:
+        options.error("--without-peers is of throughput; stop measures all")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    publish(stop(PLANS[asked.size]), asked.rows)
+    os._exit(0)

@@ -1,28 +1,28 @@
 """Samples a second of one training step, beside a peer, plain eager code, and the processor.
 
-    python -m tests.benchmarks.step [DIM ...]
-    torchrun --nproc_per_node=2 -m tests.benchmarks.step [DIM ...]
+    python -m tests.benchmarks.step [--size full|quick|tiny]
+    torchrun --nproc_per_node=2 -m tests.benchmarks.step [--size ...]
 
-A step is one supervision step of 32 rows a worker: T - 1 rounds without gradient, one with it,
+A step is one supervision step of some rows a worker: T - 1 rounds without gradient, one with it,
 backward, clipping, AdamW, averages. Three ways are interleaved in one run:
 
 - ours: the trainer's own parts, the rows as one shard, halting and scores included;
-- plain: the same formulas as one writes them first: a LayerNorm-like norm by hand, softmax
+- plain code: the same formulas as one writes them first: a LayerNorm-like norm by hand, softmax
   cross-entropy, AdamW as it comes, a loop for the averages; no halting, no scores;
 - tiny-recursive-model: the package of that name, its network of the same depth and with matrices of
   as many numbers (`pip install tiny-recursive-model`; it is left out where it is not installed).
 
 With more workers than one all are behind DDP. The processor's limit is what a large matrix product
-reaches in this run. Medians with their quartiles over blocks. Nothing else may compute meanwhile.
+reaches in this run. Nothing else may compute meanwhile.
 """
 
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.benchmarks.table import Goal, Row, parser, publish
 from trm_dist.config import Config
 from trm_dist.elastic.reduction import ShardReduction
 from trm_dist.elastic.world import Group, World, form_group
@@ -40,26 +41,61 @@ from trm_dist.model.optim import Optimizer
 from trm_dist.model.supervision import Rows, Supervision
 from trm_dist.model.trm import Shape, Trm
 
-ROWS, TOKENS, DEPTH, ROUNDS, THOUGHTS, HEADS = 32, 11, 2, 3, 6, 4
-BLOCK_S, BLOCKS = 1.0, 7
+TOKENS, DEPTH, ROUNDS, THOUGHTS, HEADS = 11, 2, 3, 6, 4
 
 Step = Callable[[], None]
 
 
-def questions(positions: int) -> tuple[Tensor, Tensor]:
-    """Return rows of tokens and their answers."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(positions)
-    tokens = torch.randint(0, TOKENS, (ROWS, positions), generator=generator)
-    return tokens, torch.randint(0, TOKENS, (ROWS, positions), generator=generator)
+@dataclass(frozen=True)
+class Case:
+    """A size that is measured."""
+
+    net: str
+    dim: int
+    positions: int
+    rows: int
+    """Of each worker."""
+
+    def questions(self) -> tuple[Tensor, Tensor]:
+        """Return rows of tokens and their answers."""
+        generator = torch.Generator(torch.get_default_device()).manual_seed(self.positions)
+        shape = (self.rows, self.positions)
+        tokens = torch.randint(0, TOKENS, shape, generator=generator)
+        return tokens, torch.randint(0, TOKENS, shape, generator=generator)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, in how many blocks of about how long."""
+
+    cases: list[Case]
+    blocks: int
+    block_s: float = 1.0
+
+
+# A step of the larger width costs sixteen times as much a row, so it has fewer rows.
+PLANS = {
+    "full": Plan(
+        [
+            Case(net, dim, positions, {128: 32, 512: 4}[dim])
+            for dim, net, positions in product((128, 512), ("mlp", "attn"), (81, 256))
+        ],
+        blocks=7,
+    ),
+    "quick": Plan(
+        [Case("mlp", 128, 81, 32), Case("attn", 128, 81, 32), Case("mlp", 512, 81, 4)], blocks=3
+    ),
+    "tiny": Plan([Case("mlp", 32, 16, 2), Case("attn", 128, 16, 2)], blocks=2, block_s=0.01),
+}
 
 
 # -- ours ------------------------------------------------------------------------------------------
 
 
-def ours(net: str, dim: int, positions: int, world: World) -> Step:
+def ours(case: Case, world: World) -> Step:
     """Return a step of the trainer's own parts."""
     sizes: dict[str, Any] = {
-        "net": net, "dim": dim, "depth": DEPTH, "heads": HEADS, "seq_len": positions,
+        "net": case.net, "dim": case.dim, "depth": DEPTH, "heads": HEADS, "seq_len": case.positions,
         "h_cycles": ROUNDS, "l_cycles": THOUGHTS,
     }  # fmt: skip
     config = Config().with_values(sizes)
@@ -72,9 +108,9 @@ def ours(net: str, dim: int, positions: int, world: World) -> Step:
     )
     wrapped = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
     wrapped.register_comm_hook(None, reduction.hook)
-    tokens, labels = questions(positions)
-    weights = torch.full((ROWS,), 1 / (ROWS * world.size))
-    carry = task.start(Rows(torch.arange(ROWS).numpy(), tokens, labels, weights, 1))
+    tokens, labels = case.questions()
+    weights = torch.full((case.rows,), 1 / (case.rows * world.size))
+    carry = task.start(Rows(torch.arange(case.rows).numpy(), tokens, labels, weights, 1))
     count = [0]
 
     def step() -> None:
@@ -176,13 +212,13 @@ class Plain(nn.Module):
         return h
 
 
-def plain(net: str, dim: int, positions: int, world: World) -> Step:
+def plain(case: Case, world: World) -> Step:
     """Return a step of code as one writes it first."""
-    module = Plain(net, dim, positions)
+    module = Plain(case.net, case.dim, case.positions)
     wrapped = DistributedDataParallel(module) if world.size > 1 else module
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, betas=(0.9, 0.95))
     averages = {name: each.detach().clone() for name, each in module.named_parameters()}
-    tokens, labels = questions(positions)
+    tokens, labels = case.questions()
 
     def step() -> None:
         optimizer.zero_grad()
@@ -202,7 +238,7 @@ def plain(net: str, dim: int, positions: int, world: World) -> Step:
 # -- the peer --------------------------------------------------------------------------------------
 
 
-def peer(net: str, dim: int, positions: int, world: World) -> Step:
+def peer(case: Case, world: World) -> Step:
     """Return a step of tiny-recursive-model, with the parts that its own trainer uses.
 
     Raises:
@@ -212,9 +248,10 @@ def peer(net: str, dim: int, positions: int, world: World) -> Step:
     from tiny_recursive_model import MLPMixer1D, TinyRecursiveModel
     from x_transformers import Encoder
 
+    dim, positions = case.dim, case.positions
     multiple = 256 if dim >= 512 else 32
     over_width = inner_width(dim, expansion=4.0, multiple=multiple)
-    if net == "mlp":
+    if case.net == "mlp":
         over_positions = inner_width(positions, expansion=4.0, multiple=multiple)
         network = MLPMixer1D(  # of two matrices where ours has three
             dim=dim, depth=DEPTH, seq_len=positions,
@@ -231,12 +268,15 @@ def peer(net: str, dim: int, positions: int, world: World) -> Step:
         dim=dim, num_tokens=TOKENS, network=network,
         num_refinement_blocks=ROUNDS, num_latent_refinements=THOUGHTS,
     )  # fmt: skip
+    # Rounds without gradient lie between them and the loss, which DDP does not put up with.
+    for start in module.get_initial():
+        start.requires_grad_(False)
     wrapped = DistributedDataParallel(module) if world.size > 1 else module
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=1.0)
     ema = EMA(
         module, beta=0.999, update_model_with_ema_every=10_000, forward_method_names=("predict",)
     )
-    tokens, labels = questions(positions)
+    tokens, labels = case.questions()
 
     def step() -> None:
         outputs, latents = module.get_initial()
@@ -266,12 +306,13 @@ def _timed(step: Callable[[], object], times: int) -> float:
     return (time.perf_counter() - started_s) / times
 
 
-def measure(ways: dict[str, Step], group: Group) -> dict[str, list[float]]:
+def measure(ways: dict[str, Step], group: Group, plan: Plan) -> dict[str, list[float]]:
     """Return seconds of a step, block by block, all ways in turns."""
     first = torch.tensor([_timed(each, 2) for each in ways.values()], dtype=torch.float64)
-    times = [max(1, int(BLOCK_S / float(each))) for each in group.sum_(first) / group.world.size]
+    mean = group.sum_(first) / group.world.size
+    times = [max(1, int(plan.block_s / float(each))) for each in mean]
     took: dict[str, list[float]] = {name: [] for name in ways}
-    for block in range(BLOCKS):
+    for block in range(plan.blocks):
         for number in range(len(ways))[:: 1 if block % 2 else -1]:
             name = list(ways)[number]
             group.barrier()
@@ -281,54 +322,46 @@ def measure(ways: dict[str, Step], group: Group) -> dict[str, list[float]]:
     return took
 
 
-def main(dims: list[int]) -> None:
+def measured(case: Case, plan: Plan, group: Group, limit: float) -> Row:
+    """Measure a size; `limit` is in FLOP/s."""
+    world = group.world
+    ways = {"ours": ours(case, world), "plain code": plain(case, world)}
+    with suppress(ImportError):
+        ways["tiny-recursive-model"] = peer(case, world)
+    with FlopCounterMode(display=False) as counter:
+        ways["ours"]()
+    samples = case.rows * world.size
+    rates = {
+        name: [samples / seconds for seconds in each]
+        for name, each in measure(ways, group, plan).items()
+    }
+    reachable = samples * limit / counter.get_total_flops()
+    return Row(
+        subject="training step", what=f"{case.net}, dim {case.dim}, {case.positions} positions, "
+        f"{case.rows} rows a worker, {world.size} worker(s)",
+        unit="samples/s", better="more", ours=rates.pop("ours"), peers=rates,
+        limit={"a matrix product's rate": [reachable] * plan.blocks}, goal=Goal(1.5),
+    )  # fmt: skip
+
+
+def main(plan: Plan, path: str) -> None:
     """Measure all sizes."""
     torch.set_num_threads(1)
     world = World.from_environment(os.environ)
     group = form_group(world, os.environ, 600)
     limit = matmul_flops()
+    rows = [measured(case, plan, group, limit) for case in plan.cases]
     if world.is_writer:
         print(
-            f"{world.size} worker(s), 1 thread each, {ROWS} rows a worker, torch "
-            f"{torch.__version__}; a matrix product reaches {limit / 1e9:.0f} GFLOP/s"
+            f"{world.size} worker(s), 1 thread each, torch {torch.__version__}; a matrix product "
+            f"reaches {limit / 1e9:.0f} GFLOP/s"
         )
-    for dim in dims:
-        for net in ("mlp", "attn"):
-            for positions in (81, 256):
-                ways = {"ours": ours(net, dim, positions, world)}
-                ways["plain"] = plain(net, dim, positions, world)
-                with suppress(ImportError):
-                    ways["tiny-recursive-model"] = peer(net, dim, positions, world)
-                with FlopCounterMode(display=False) as counter:
-                    ways["ours"]()
-                took = measure(ways, group)
-                if world.is_writer:
-                    tell(
-                        f"{net:4} dim {dim} seq {positions}", took, counter.get_total_flops(), limit
-                    )
+        publish(rows, path)
     group.barrier()
     sys.stdout.flush()
     os._exit(0)
 
 
-def tell(what: str, took: dict[str, list[float]], flops: int, limit: float) -> None:
-    """Print a row for each way."""
-    base = took["ours"]
-    for name, seconds in took.items():
-        low, middle, high = statistics.quantiles(
-            [ours / each for ours, each in zip(base, seconds, strict=True)], n=4
-        )
-        rate = ROWS / statistics.median(seconds)
-        share = ""
-        if name == "ours":
-            share = (
-                f", {flops / statistics.median(seconds) / limit:.0%} of the matrix product's rate"
-            )
-        print(
-            f"  {what:20} {name:22} {rate:8.1f} samples/s a worker, {middle:.2f} "
-            f"({low:.2f} to {high:.2f}) of ours{share}"
-        )
-
-
 if __name__ == "__main__":
-    main([int(each) for each in sys.argv[1:]] or [128, 512])
+    asked = parser(__doc__).parse_args()
+    main(PLANS[asked.size], asked.rows)
