@@ -1,31 +1,37 @@
-"""How long a run is down after `kill -9` of a worker, and what a run under kills comes to.
+"""How long a run is down after `kill -9` of a worker, what it has lost, what kills cost.
 
-    python -m tests.benchmarks.recovery time [ROUNDS]
-    python -m tests.benchmarks.recovery goodput [SECONDS [EVERY]]
+    python -m tests.benchmarks.recovery time
+    python -m tests.benchmarks.recovery lost
+    python -m tests.benchmarks.recovery goodput
+    ... --size full|quick|tiny
 
 `time` compares trm_dist under `launch` and under plain torchrun with the pattern of the tutorials
-under the same torchrun, in turns. The latter gets TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, without
-which most of its restarts fail with torch 2.13 and gloo. `goodput` kills a worker of a launched run
-every so often and tells the share of its time that a run nobody disturbs needs for the same
-batches.
+and with Lightning under the same torchrun, in turns; the peers save after every batch, which is
+their best here. `lost` counts finished batches that are trained again after a kill of a worker, of
+all workers, and a SIGTERM, where everybody saves every 20 batches. Peers get
+TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --standalone: without either most of their restarts hang
+with torch 2.13 and gloo. `goodput` kills a worker of a launched run every so often and tells
+the share of its time that a run nobody disturbs needs for the same batches. Lightning takes part
+where it is installed.
 """
 
-import json
+import importlib.util
 import os
-import queue
 import random
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from tests.benchmarks.table import Goal, Row, end_in_order, parser, publish
+from tests.elastic.harness import SNAPSHOTS, Training, kill, started
 
 FLAGS = [
     "--dataset", "sudoku4:train?count=20000", "--batch-size", "10", "--shards", "2",
@@ -37,48 +43,170 @@ LONGER = [
     "--dim", "128", "--n-sup", "4", "--h-cycles", "2", "--l-cycles", "2", "--epochs", "1000",
     "--log-format", "json", "--spot", "none",
 ]  # fmt: skip
-TORCHRUN = [
-    sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max-restarts=1000",
-]  # fmt: skip
 LAUNCH = [sys.executable, "-m", "trm_dist", "launch", "--nproc-per-node=2"]
+STEP_S = "0.02"
+"""Of the peers: what a batch of ours takes at this size."""
+EVERY = 20
+"""Batches from save to save, where losses are counted."""
 
 
-@dataclass
-class Run:
-    """A training and its events."""
+@dataclass(frozen=True)
+class Plan:
+    """How often, and how long."""
 
-    process: subprocess.Popen[str]
-    started_s: float
-    events: "queue.Queue[dict[str, Any]]" = field(default_factory=queue.Queue)
+    rounds: int
+    calm_batches: int
+    """Of the undisturbed run, for what a batch takes."""
+    goodput_s: float
+    goodput_every_s: float
 
-    def listen(self) -> None:
-        """Read events until the end."""
-        assert self.process.stdout
-        for line in self.process.stdout:
-            if line.startswith("{"):
-                self.events.put(json.loads(line))
 
-    def next(self, kind: str, after_s: float = 0.0) -> dict[str, Any]:
-        """Return the next event of a kind that happened after a time."""
-        while True:
-            event = self.events.get(timeout=120)
-            if event["event"] == kind and event["time"] > after_s:
-                return event
+PLANS = {"full": Plan(5, 60, 600, 30), "quick": Plan(2, 60, 60, 10), "tiny": Plan(1, 3, 6, 3)}
 
-    def workers(self) -> list[int]:
-        """Its living workers."""
-        found = []
-        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
-            try:
-                with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-                    name, rest = file.read().split("(", 1)[1].rsplit(")", 1)
-            except OSError:
-                continue
-            is_launched = "launch" in self.process.args
-            is_child = int(rest.split()[1]) == self.process.pid
-            if name.startswith("trm worker") if is_launched else is_child:
-                found.append(pid)
-        return sorted(found)
+
+# -- ways to train ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Way:
+    """A training that is to be killed."""
+
+    name: str
+    command: Callable[[Path, int], list[str]]
+    """Of a directory, and how many batches there are from save to save."""
+
+    @property
+    def is_launched(self) -> bool:
+        return self.name == LAUNCHED
+
+    @contextmanager
+    def running(self, where: Path, every: int) -> Iterator[Training]:
+        """Run it; whatever is left of it is ended afterwards."""
+        is_peer = self.name not in {LAUNCHED, TORCHRUN}
+        variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if is_peer else {}
+        with started(where / "run", self.command(where, every), variables) as run:
+            yield run
+
+    def workers(self, run: Training) -> list[int]:
+        """Return its living workers."""
+        if self.is_launched:
+            return [run.named(f"trm worker {rank}") for rank in range(2)]
+        return [run.worker(rank) for rank in range(2)]
+
+
+LAUNCHED, TORCHRUN = "trm_dist launch", "trm_dist, torchrun"
+TUTORIAL, LIGHTNING = "torchrun tutorial", "Lightning, torchrun"
+
+
+def ways() -> dict[str, Way]:
+    """Return the ways that can be had here, by their names."""
+    found = [
+        Way(LAUNCHED, lambda where, every: [*LAUNCH, *_flags(where, every)]),
+        Way(TORCHRUN, lambda where, every: _torchrun("trm_dist", "train", *_flags(where, every))),
+        Way(TUTORIAL, lambda where, every: _torchrun(
+            "tests.benchmarks.tutorial", f"{where}/snapshot.pt", STEP_S, str(every))),
+    ]  # fmt: skip
+    if importlib.util.find_spec("lightning"):
+        found.append(Way(LIGHTNING, lambda where, every: _torchrun(
+            "tests.benchmarks.with_lightning", f"{where}/lightning", STEP_S, str(every)),
+        ))  # fmt: skip
+    else:
+        print("Lightning is not installed here and takes no part.", file=sys.stderr)
+    return {each.name: each for each in found}
+
+
+def _torchrun(*module: str) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        "--max-restarts=1000", "-m", *module,
+    ]  # fmt: skip
+
+
+def _flags(where: Path, every: int) -> list[str]:
+    own = {"--checkpoint-dir": f"{where}/checkpoints", "--snapshot-dir": SNAPSHOTS}
+    interval = {"--checkpoint-interval": str(every)} if every > 1 else {}
+    return [*FLAGS, *(part for pair in (own | interval).items() for part in pair)]
+
+
+@contextmanager
+def directory() -> Iterator[Path]:
+    """Make a directory for a while."""
+    where = Path(tempfile.mkdtemp(prefix="recovery-"))
+    try:
+        yield where
+    finally:
+        shutil.rmtree(where)
+
+
+def in_turns(rounds: int, measure: Callable[[Way, int], dict[str, list[float]]]) -> dict[str, Any]:
+    """Return what is measured by its name and that of the way, all ways in turns."""
+    took: dict[str, dict[str, list[float]]] = {}
+    for number in range(rounds):
+        for name, way in ways().items():
+            for what, values in measure(way, number).items():
+                took.setdefault(what, {}).setdefault(name, []).extend(values)
+        print(f"round {number + 1} of {rounds}", file=sys.stderr)
+    return took
+
+
+# -- time ------------------------------------------------------------------------------------------
+
+
+def measure_time(plan: Plan) -> list[Row]:
+    """Measure starts, and restarts after a worker was killed."""
+    took = in_turns(plan.rounds, lambda way, _: _restarts(way))
+    rows = []
+    for what, values in took.items():
+        peers = {name: values[name] for name in (TUTORIAL, LIGHTNING) if name in values}
+        is_all = what in {"start", "kill"}
+        for name in (LAUNCHED, TORCHRUN) if is_all else (LAUNCHED,):
+            goal = Goal(0.1, TUTORIAL) if (what, name) == ("kill", LAUNCHED) else None
+            rows.append(Row(
+                subject=_SUBJECTS.get(what, "kill -9 of a worker"),
+                what=name if is_all else f"{name}, {what}", unit="s",
+                better="less", ours=values[name], peers=peers,
+                goal=Goal(1.0) if what == "start" else goal,
+            ))  # fmt: skip
+    return rows
+
+
+_SUBJECTS = {
+    "start": "start, command to first finished batch",
+    "kill": "kill -9 of a worker to next finished batch",
+}
+
+
+def _restarts(way: Way) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    with directory() as where:
+        began_s = time.time()
+        with way.running(where, every=1) as run:
+            run.wait_for_batches(1)
+            found["start"] = [run.events("batch")[0]["time"] - began_s]
+            for victim in (1, 0, 1):
+                run.wait_for_batches(20)
+                workers, starts, killed_s = way.workers(run), len(lives(run)), time.time()
+                kill(workers[victim])
+                _wait_for_restart(run, starts)
+                for what, seconds in _phases(way, run, killed_s).items():
+                    found.setdefault(what, []).append(seconds)
+    return found
+
+
+def _wait_for_restart(run: Training, starts: int) -> None:
+    """Wait for the first batch after so many starts."""
+    run.wait_for_start(starts + 1)
+    run.wait_for(lambda: lives(run)[-1], "a batch")
+
+
+def _phases(way: Way, run: Training, killed_s: float) -> dict[str, float]:
+    at_s = run.events("started")[-1]["time"]
+    done_s = lives(run)[-1][0]["time"]
+    begun_s = max(map(_started_at, way.workers(run)))
+    return {
+        "kill": done_s - killed_s, "to new workers": begun_s - killed_s,
+        "from there to the state": at_s - begun_s, "from there to the next batch": done_s - at_s,
+    }  # fmt: skip
 
 
 def _started_at(pid: int) -> float:
@@ -89,108 +217,108 @@ def _started_at(pid: int) -> float:
     return boot_s + ticks / os.sysconf("SC_CLK_TCK")
 
 
-@contextmanager
-def running(command: list[str]) -> Iterator[Run]:
-    """Run a training; it is ended afterwards."""
-    variables = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    if "trm_dist" in command:
-        variables.pop("TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
-    started_s = time.time()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=variables
-    )
-    run = Run(process, started_s)
-    threading.Thread(target=run.listen, daemon=True).start()
-    try:
-        yield run
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
+def lives(run: Training) -> list[list[dict[str, Any]]]:
+    """Return the batches that were told of, start by start."""
+    found: list[list[dict[str, Any]]] = []
+    for event in run.events():
+        if event["event"] == "started":
+            found.append([])
+        elif event["event"] == "batch":
+            found[-1].append(event)
+    return found
 
 
-def measure(rounds: int) -> None:
-    """Print the medians of each phase."""
-    variants = {
-        "tutorial, torchrun": lambda where: [
-            *TORCHRUN, "-m", "tests.benchmarks.tutorial", f"{where}/snapshot.pt", "0.02",
-        ],
-        "trm_dist, torchrun": lambda where: [
-            *TORCHRUN, "-m", "trm_dist", "train", *FLAGS, "--checkpoint-dir", f"{where}/run",
-        ],
-        "trm_dist launch": lambda where: [*LAUNCH, *FLAGS, "--checkpoint-dir", f"{where}/run"],
-    }  # fmt: skip
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-    for number in range(rounds):
-        for name, command in variants.items():
-            where = tempfile.mkdtemp(prefix="recovery-")
-            with running(command(where)) as run:
-                cold_s = run.next("batch")["time"] - run.started_s
-                for victim in (-1, 0, -1):
-                    for _ in range(20):
-                        run.next("batch")
-                    killed_s = time.time()
-                    os.kill(run.workers()[victim], signal.SIGKILL)
-                    started = run.next("started", killed_s)["time"]
-                    done = run.next("batch", started)["time"]
-                    begun = max(map(_started_at, run.workers()))
-                    found[name].append({
-                        "cold start": cold_s, "to new workers": begun - killed_s,
-                        "to the state": started - begun, "to the next batch": done - started,
-                        "in all": done - killed_s,
-                    })  # fmt: skip
-            shutil.rmtree(where)
-        print(f"round {number + 1} of {rounds}", file=sys.stderr)
-    _print_table(found)
+# -- losses ----------------------------------------------------------------------------------------
 
 
-def _print_table(found: dict[str, list[dict[str, float]]]) -> None:
-    columns = list(found["trm_dist launch"][0])
-    print("| seconds, median (least-greatest) | " + " | ".join(columns) + " | ratio |")
-    print("|---" * (len(columns) + 2) + "|")
-    base = statistics.median(each["in all"] for each in found["tutorial, torchrun"])
-    for name, rows in found.items():
-        cells = []
-        for column in columns:
-            values = [each[column] for each in rows]
-            cells.append(f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})")
-        ratio = statistics.median(each["in all"] for each in rows) / base
-        print(f"| {name} | " + " | ".join(cells) + f" | {ratio:.3f} |")
+def measure_lost(plan: Plan) -> list[Row]:
+    """Count finished batches that had to be trained again."""
+    took = in_turns(plan.rounds, _losses)
+    return [
+        Row(
+            subject="finished batches lost", what=f"{what}, a save every {EVERY} batches",
+            unit="batches", better="less", ours=values.pop(LAUNCHED),
+            peers={name: each for name, each in values.items() if name != TORCHRUN},
+            goal=Goal(0.0, beside=None),
+        )
+        for what, values in took.items()
+    ]  # fmt: skip
 
 
-def goodput(seconds: float, every_s: float) -> None:
-    """Print the goodput of a run of which a worker is killed again and again."""
-    where = tempfile.mkdtemp(prefix="goodput-")
-    with running([*LAUNCH, *LONGER, "--checkpoint-dir", f"{where}/calm"]) as run:
-        run.next("batch")
-        times = [run.next("batch")["seconds"] for _ in range(60)]
-    batch_s = statistics.median(times)
-    batches: dict[int, int] = {}
+def _losses(way: Way, number: int) -> dict[str, list[float]]:
+    # Anywhere between two saves, at the same place for all.
+    places = [random.Random(3 * number + each).randrange(EVERY) for each in range(3)]
+    found: dict[str, list[float]] = {}
+    with directory() as where:
+        with way.running(where, EVERY) as run:
+            for what, place, first in (
+                ("SIGKILL of a worker", places[0], 1), ("SIGKILL of all workers", places[1], 0)
+            ):  # fmt: skip
+                _reach(run, place)
+                workers, starts = way.workers(run), len(lives(run))
+                for each in workers[first:]:
+                    kill(each)
+                _wait_for_restart(run, starts)
+                found[what] = [_lost(lives(run)[-2], lives(run)[-1])]
+            _reach(run, places[2])
+            run.process.send_signal(signal.SIGTERM)
+            run.end()
+            before = lives(run)[-1]
+        with way.running(where, EVERY) as run:
+            run.wait_for_batches(1)
+            found["SIGTERM"] = [_lost(before, lives(run)[-1])]
+    return found
+
+
+def _reach(run: Training, place: int) -> None:
+    """Wait for a batch at some place between saves, two saves from here."""
+    goal = run.told() // EVERY * EVERY + 2 * EVERY + place
+    run.wait_for(lambda: run.told() >= goal, f"batch {goal}")
+
+
+def _lost(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> float:
+    return float(before[-1]["batch_count"] + 1 - after[0]["batch_count"])
+
+
+# -- goodput ---------------------------------------------------------------------------------------
+
+
+def measure_goodput(plan: Plan) -> list[Row]:
+    """Measure a run of which a worker is killed again and again."""
+    way = Way(LAUNCHED, lambda where, _: [
+        *LAUNCH, *LONGER, "--checkpoint-dir", f"{where}/run", "--snapshot-dir", SNAPSHOTS,
+    ])  # fmt: skip
+    with directory() as where, way.running(where, EVERY) as run:
+        run.wait_for_batches(1 + plan.calm_batches)
+        batch_s = statistics.median(each["seconds"] for each in run.events("batch")[1:])
     kills, rng = 0, random.Random(0)
-    with running([*LAUNCH, *LONGER, "--checkpoint-dir", f"{where}/killed"]) as run:
-        first = run.next("batch")
-        began_s, next_s = first["time"], time.time() + every_s
-        while time.time() < began_s + seconds:
-            event = run.next("batch")
-            batches[event["batch_count"]] = batches.get(event["batch_count"], 0) + 1
+    with directory() as where, way.running(where, EVERY) as run:
+        run.wait_for_batches(1)
+        began_s = run.events("batch")[-1]["time"]
+        next_s = time.time() + plan.goodput_every_s
+        while run.events("batch")[-1]["time"] < began_s + plan.goodput_s:
+            run.wait_for_batches(1)
             if time.time() >= next_s:
-                kills, next_s = kills + 1, next_s + every_s
-                os.kill(rng.choice(run.workers()), signal.SIGKILL)
-        took_s = event["time"] - began_s
-    shutil.rmtree(where)
-    lost = sum(count - 1 for count in batches.values())
+                kills, next_s = kills + 1, next_s + plan.goodput_every_s
+                kill(rng.choice(way.workers(run)))
+        told = run.events("batch")[1:]
+    took_s = told[-1]["time"] - began_s
+    finished = {each["batch_count"] for each in told}
     print(
-        f"{kills} kills in {took_s:.0f} s, one every {every_s:.0f} s; batches of {batch_s:.3f} s: "
-        f"{len(batches)} finished, {lost} of them twice; goodput "
-        f"{len(batches) * batch_s / took_s:.3f}"
+        f"{kills} kills in {took_s:.0f} s, one every {plan.goodput_every_s:.0f} s; batches of "
+        f"{batch_s:.3f} s: {len(finished)} finished, {len(told) - len(finished)} of them twice"
     )
+    return [Row(
+        subject="goodput under kills", what=f"kill -9 of a worker every {plan.goodput_every_s:g} s",
+        unit="share", better="more", ours=[len(finished) * batch_s / took_s],
+        limit={"an undisturbed run": [1.0]},
+    )]  # fmt: skip
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["time", *rest]:
-            measure(int(rest[0]) if rest else 5)
-        case ["goodput", *rest]:
-            numbers = [float(each) for each in rest]
-            goodput(*(numbers + [600.0, 30.0][len(numbers) :]))
-        case _:
-            sys.exit(__doc__)
+    measures = {"time": measure_time, "lost": measure_lost, "goodput": measure_goodput}
+    options = parser(__doc__)
+    options.add_argument("what", choices=measures)
+    asked = options.parse_args()
+    end_in_order()
+    publish(measures[asked.what](PLANS[asked.size]), asked.rows)

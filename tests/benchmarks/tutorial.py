@@ -15,13 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 def tell(event: str, **more: object) -> None:
     """Print an event as trm_dist does."""
-    if os.environ["RANK"] == "0":
+    if os.environ.get("RANK", "0") == "0":
         sys.stdout.write(json.dumps({"event": event, "time": time.time(), **more}) + "\n")
         sys.stdout.flush()
 
 
-def main(path: str, step_s: float) -> None:
-    """Train for ever, a snapshot after each batch."""
+def main(path: str, step_s: float, every: int) -> None:
+    """Train for ever, a snapshot after every so many batches."""
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     model = DistributedDataParallel(torch.nn.Linear(64, 64))
@@ -40,7 +40,7 @@ def main(path: str, step_s: float) -> None:
         optimizer.zero_grad()
         time.sleep(max(0.0, until_s - time.monotonic()))
         batch += 1
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and batch % every == 0:
             content = {
                 "model": model.module.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -52,4 +52,4 @@ def main(path: str, step_s: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
