@@ -24,9 +24,10 @@ TROUBLESHOOTING = ROOT / "launch/troubleshooting.md"
 
 _OF_OTHERS = {
     *("--nproc_per_node", "--nproc-per-node", "--max-restarts", "--rdzv-id"),  # torchrun
+    *("--gigabytes", "--kind", "--rounds", "--without-peers"),  # tests.benchmarks.large_text
     *("--help", "--data", "--learning-rate", "--clear"),
 }
-"""Flags of torchrun, and other spellings."""
+"""Flags of torchrun and of measurements, and other spellings."""
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda each: str(each.relative_to(ROOT)))
