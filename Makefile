@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup train demo test test-unit test-elastic test-s3 soak bench-checkpoints bench-step bench-gpu bench-reduction bench-recovery lint type layers check test-k8s test-image test-gpu scan
+.PHONY: setup train demo test test-unit test-elastic test-s3 soak bench bench-quick bench-checkpoints bench-step bench-gpu bench-reduction bench-recovery lint type layers check test-k8s test-image test-gpu scan
 
 setup: $(READY)
 
@@ -65,8 +65,16 @@ scan: .venv-scan/.ready
 	.venv-scan/bin/pip install --quiet --disable-pip-version-check checkov==3.3.30
 	touch .venv-scan/.ready
 
-# What saving and resuming cost, beside torch.save, DCP, Lightning and raw transfers. Nothing else
-# may compute meanwhile.
+# One table against every peer, into build/bench: text, JSON, a picture. Nothing else may compute
+# meanwhile. ARGS="--quick --only stop s3" measures some parts again; --help says more.
+bench: .venv-bench/.ready
+	.venv-bench/bin/python -m tests.benchmarks $(ARGS)
+
+# The same with fewer sizes and rounds (a quarter of an hour).
+bench-quick: .venv-bench/.ready
+	.venv-bench/bin/python -m tests.benchmarks --quick $(ARGS)
+
+# What saving and resuming cost, beside torch.save, DCP, Lightning and raw transfers.
 bench-checkpoints: .venv-bench/.ready
 	.venv-bench/bin/python -m tests.benchmarks.saving stop
 	.venv-bench/bin/python -m tests.benchmarks.saving throughput
@@ -74,10 +82,10 @@ bench-checkpoints: .venv-bench/.ready
 	.venv-bench/bin/python -m tests.benchmarks.loading resume
 	.venv-bench/bin/python -m tests.benchmarks.loading s3
 
-# Samples a second of a training step, beside tiny-recursive-model and plain code (10 minutes).
+# Samples a second of a training step, beside tiny-recursive-model and plain code.
 bench-step: .venv-bench/.ready
 	.venv-bench/bin/python -m tests.benchmarks.step
-	.venv-bench/bin/torchrun --nproc_per_node=2 -m tests.benchmarks.step 128
+	.venv-bench/bin/torchrun --nproc_per_node=2 -m tests.benchmarks.step
 
 # A step and a snapshot on a GPU, beside the same (2 minutes).
 bench-gpu: .venv-bench/.ready
@@ -85,20 +93,22 @@ bench-gpu: .venv-bench/.ready
 
 # What the fixed order of sums costs, beside native DDP, with 1 to 5 workers.
 bench-reduction: $(READY)
-	$(BIN)/python -m tests.benchmarks.reduction 256 24
+	$(BIN)/python -m tests.benchmarks.reduction
 	for workers in 2 3 4 5; do \
-	    $(BIN)/torchrun --nproc_per_node=$$workers -m tests.benchmarks.reduction 256 24 || exit 1; \
+	    $(BIN)/torchrun --nproc_per_node=$$workers -m tests.benchmarks.reduction || exit 1; \
 	done
 
-# Time from kill -9 to the next batch beside the tutorial pattern, and goodput (13 minutes).
-bench-recovery: $(READY)
-	$(BIN)/python -m tests.benchmarks.recovery time
-	$(BIN)/python -m tests.benchmarks.recovery goodput
+# Time from kill -9 to the next batch, batches lost, and goodput, beside the tutorials and Lightning.
+bench-recovery: .venv-bench/.ready
+	.venv-bench/bin/python -m tests.benchmarks.recovery time
+	.venv-bench/bin/python -m tests.benchmarks.recovery lost
+	.venv-bench/bin/python -m tests.benchmarks.recovery goodput
 
-.venv-bench/.ready: pyproject.toml constraints.txt
+# The peers, in a place of their own.
+.venv-bench/.ready: pyproject.toml constraints.txt tests/benchmarks/peers.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -c constraints.txt \
-	    -e '.[dev]' lightning==2.6.6 tiny-recursive-model==0.0.15
+	    -e '.[dev]' -r tests/benchmarks/peers.txt
 	touch .venv-bench/.ready
 
 # Fifty finished runs, and the other tests that take long.
