@@ -138,7 +138,7 @@ def _open(url: str, model: Model) -> Dataset:
 def _encode(question: str, model: Model) -> npt.NDArray[np.int64]:
     length = model.config.model.seq_len
     if model.codec == "bytes":
-        return codec.encode("", question, "", length).inputs.astype(np.int64)[None]
+        return codec.encode([("", question, "")], length).inputs.astype(np.int64)
     if not model.codec.startswith("sudoku"):
         raise UserError(f"--ask: questions can be asked of puzzles and text, not of {model.codec}.")
     side = math.isqrt(length)

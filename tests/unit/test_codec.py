@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from trm_dist.data.codec import END, IGNORED, NUM_TOKENS, PAD, SEPARATOR, decode, encode
+from trm_dist.data import codec
+from trm_dist.data.codec import END, IGNORED, NUM_TOKENS, PAD, SEPARATOR, Encoded, decode
+
+
+def encode(context: str, query: str, completion: str, seq_len: int) -> Encoded:
+    """One record, as a row."""
+    found = codec.encode([(context, query, completion)], seq_len)
+    return Encoded(found.inputs[0], found.labels[0], found.is_cut[0])
 
 
 def question(context: str, query: str, seq_len: int = 16) -> bytes:
@@ -100,7 +107,7 @@ def test_lone_surrogate_becomes_question_mark() -> None:
 def test_cut_is_told_when_bytes_do_not_fit(
     context: str, query: str, completion: str, is_cut: bool
 ) -> None:
-    assert encode(context, query, completion, 8).is_cut is is_cut
+    assert encode(context, query, completion, 8).is_cut == is_cut
 
 
 def test_arrays_have_length_and_type() -> None:
@@ -125,3 +132,16 @@ def test_arrays_have_length_and_type() -> None:
 )
 def test_decode_reads_up_to_the_end(tokens: list[int], text: str) -> None:
     assert decode(np.array(tokens, dtype=np.int64)) == text
+
+
+def test_records_are_rows_in_their_order() -> None:
+    records = [("c", "q", "a"), ("", "longer than that", "b" * 20), ("", "", "")]
+
+    found = codec.encode(records, 8)
+
+    assert found.inputs.shape == found.labels.shape == (3, 8)
+    assert found.is_cut.tolist() == [False, True, False]
+    for row, record in enumerate(records):
+        alone = codec.encode([record], 8)
+        assert (found.inputs[row] == alone.inputs[0]).all()
+        assert (found.labels[row] == alone.labels[0]).all()

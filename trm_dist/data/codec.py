@@ -5,6 +5,7 @@ answer is the completion and an end. Both are UTF-8 bytes; three control bytes t
 text serve as marks, and are replaced by a space where they do occur.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,35 +23,50 @@ _CLEANED = bytes.maketrans(bytes([PAD, END, SEPARATOR]), b"   ")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A record as arrays of one length, and whether anything was cut to get there."""
+    """Records as arrays. N records, L positions."""
 
     inputs: npt.NDArray[np.uint8]
+    """Tokens of the questions, [N, L]."""
     labels: npt.NDArray[np.int16]
-    is_cut: bool
+    """Tokens of the answers, [N, L]; IGNORED behind them."""
+    is_cut: npt.NDArray[np.bool_]
+    """Whether anything was cut to get there, [N]."""
 
 
-def encode(context: str, query: str, completion: str, seq_len: int) -> Encoded:
-    """Encode a record into `seq_len` positions.
+def encode(records: Iterable[tuple[str, str, str]], seq_len: int) -> Encoded:
+    """Encode records into `seq_len` positions each.
 
     What is too long loses the start of its context first, then of its query, and the end of its
     completion: what stands nearest to the answer stays.
+
+    Args:
+        records: Context, query and completion of each.
+        seq_len: L.
     """
-    asked = _to_bytes(query)
-    if context:
-        asked = _to_bytes(context) + bytes([SEPARATOR]) + asked
-    answer = _to_bytes(completion) + bytes([END])
-    inputs = np.full(seq_len, PAD, dtype=np.uint8)
-    labels = np.full(seq_len, IGNORED, dtype=np.int16)
-    kept, said = asked[-seq_len:], answer[:seq_len]
-    inputs[: len(kept)] = np.frombuffer(kept, dtype=np.uint8)
-    labels[: len(said)] = np.frombuffer(said, dtype=np.uint8)
-    return Encoded(inputs, labels, len(asked) > seq_len or len(answer) > seq_len)
+    asked, answers = [], []
+    for context, query, completion in records:
+        question = _to_bytes(query)
+        if context:
+            question = _to_bytes(context) + bytes([SEPARATOR]) + question
+        asked.append(question)
+        answers.append(_to_bytes(completion) + bytes([END]))
+    asked_lengths, lengths = (np.fromiter(map(len, each), np.int64) for each in (asked, answers))
+    inputs = _rows([each[-seq_len:] for each in asked], seq_len)
+    labels = _rows([each[:seq_len] for each in answers], seq_len).astype(np.int16)
+    labels[np.arange(seq_len) >= lengths[:, None]] = IGNORED
+    return Encoded(inputs, labels, np.maximum(asked_lengths, lengths) > seq_len)
 
 
 def decode(tokens: npt.ArrayLike) -> str:
     """Return the text up to the end mark; bytes that are no UTF-8 become replacement characters."""
     text = np.asarray(tokens).astype(np.uint8).tobytes()
     return text.split(bytes([END]), 1)[0].rstrip(bytes([PAD])).decode("utf-8", "replace")
+
+
+def _rows(texts: Iterable[bytes], seq_len: int) -> npt.NDArray[np.uint8]:
+    """Return texts of at most L bytes, filled up, as [N, L]."""
+    joined = b"".join(text.ljust(seq_len, bytes([PAD])) for text in texts)
+    return np.frombuffer(joined, dtype=np.uint8).reshape(-1, seq_len)
 
 
 def _to_bytes(text: str) -> bytes:

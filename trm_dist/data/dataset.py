@@ -330,15 +330,13 @@ def _build_text(
     num_cut = num_kept = 0
     with Meter(url, num_bytes, "bytes") as tell:
         file = RecordFile(url, tell)
-        for part in batched(_encoded(file, seq_len), _PART):
-            num_cut += sum(each.is_cut for each in part)
-            fits = [each for each in part if overlong == "truncate" or not each.is_cut]
-            num_kept += len(fits)
-            if fits:
-                sink.write(
-                    np.stack([each.inputs for each in fits]),
-                    np.stack([each.labels for each in fits]),
-                )
+        for part in batched(file, _PART):
+            encoded = codec.encode(part, seq_len)
+            num_cut += int(encoded.is_cut.sum())
+            fits = ~encoded.is_cut | (overlong == "truncate")
+            num_kept += int(fits.sum())
+            if fits.any():
+                sink.write(encoded.inputs[fits], encoded.labels[fits])
     if not num_kept:
         raise DataError(
             f"{url}: all {num_cut} records are longer than --seq-len {seq_len}, and "
@@ -355,11 +353,6 @@ def _build_text(
             "skipped": file.num_skipped,
         },
     }
-
-
-def _encoded(file: RecordFile, seq_len: int) -> Iterator[codec.Encoded]:
-    for record in file:
-        yield codec.encode(record.context, record.query, record.completion, seq_len)
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

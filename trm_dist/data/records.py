@@ -8,8 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 
@@ -28,8 +27,7 @@ _IDENTIFYING = ("ETag", "etag", "mtime", "created", "LastModified", "ino", "gene
 """What file systems say of a file that changes with its content."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One question and its answer."""
 
     context: str
