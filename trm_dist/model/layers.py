@@ -8,6 +8,7 @@ Source: arXiv 2510.04871 and its public code; formulas only.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,54 @@ EPSILON = 1e-5
 ROTARY_BASE = 10_000.0
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """Divide by the root mean square over the last axis; no learned gain."""
-    return F.rms_norm(widened(x), x.shape[-1:], eps=EPSILON).to(x.dtype)
+def add_and_norm(x: Tensor, change: Tensor, dim: int, *, is_turned: bool = False) -> Tensor:
+    """Add, and divide by the root mean square over an axis; no learned gain.
+
+    Memory keeps the order that x has. Without gradient x is written over, since nothing else is
+    large in a round.
+
+    Args:
+        x: [B, S, D].
+        change: What is added, [B, S, D].
+        dim: The axis of the mean, 1 or 2.
+        is_turned: Add up the squares as if the last two axes of x were swapped in memory.
+    """
+    is_recording = torch.is_grad_enabled()
+    x = x + change if is_recording else x.add_(change)
+    if x.is_cuda:  # one kernel there, which wants its axis last
+        turned = x.transpose(dim, -1)
+        normed = F.rms_norm(widened(turned), turned.shape[-1:], eps=EPSILON).to(x.dtype)
+        return normed.transpose(dim, -1)
+    exact = widened(x)
+    if is_recording:
+        return _RmsNorm.apply(exact, dim, is_turned).to(x.dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return exact.mul_(_inverse_rms(exact, dim, is_turned)).to(x.dtype)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """The norm, its gradient in fewer passes over x than autograd makes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, is_turned: bool) -> Tensor:
+        scale = _inverse_rms(x, dim, is_turned)
+        ctx.dim = dim
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        x, scale = ctx.saved_tensors
+        # d scale / d x = -scale^3 x / n, in the order in which autograd rounds it.
+        slope = (gradient * x).sum(ctx.dim, keepdim=True).mul_(-0.5).mul_(scale.pow(3))
+        slope = slope.div_(x.shape[ctx.dim]).mul_(2)
+        return (gradient * scale).add_(x * slope), None, None
+
+
+def _inverse_rms(x: Tensor, dim: int, is_turned: bool) -> Tensor:
+    """Return one over the root mean square over an axis, which stays with size 1."""
+    squares = x.new_empty(x.mT.shape).mT if is_turned else x.new_empty(x.shape)
+    torch.mul(x, x, out=squares)
+    return squares.mean(dim, keepdim=True).add_(EPSILON).rsqrt_()
 
 
 def widened(x: Tensor) -> Tensor:
@@ -55,7 +101,9 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., width] to [..., width]."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)  # type: ignore[no-any-return]
+        gate = F.silu(gate)
+        gate = gate * up if torch.is_grad_enabled() else gate.mul_(up)
+        return self.down(gate)  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):
@@ -101,10 +149,10 @@ class MixerBlock(nn.Module):
         self.over_width = GatedMlp(width, inner, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, S, D] to [B, S, D]; the first norm runs over the positions."""
-        x = x.transpose(1, 2)
-        x = rms_norm(x + self.over_positions(x)).transpose(1, 2)
-        return rms_norm(x + self.over_width(x))
+        """Map [B, S, D] to [B, S, D]; without gradient x is written over."""
+        x = add_and_norm(x, self.over_positions(x.mT).mT, 1)
+        # Turned, so that a run of an older version goes on with its bits.
+        return add_and_norm(x, self.over_width(x), 2, is_turned=True)
 
 
 class AttentionBlock(nn.Module):
@@ -126,9 +174,9 @@ class AttentionBlock(nn.Module):
         self.over_width = GatedMlp(width, inner, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, S, D] to [B, S, D]."""
-        x = rms_norm(x + self.attention(x))
-        return rms_norm(x + self.over_width(x))
+        """Map [B, S, D] to [B, S, D]; without gradient x is written over."""
+        x = add_and_norm(x, self.attention(x), 2)
+        return add_and_norm(x, self.over_width(x), 2)
 
 
 def rotary_tables(positions: int, head_width: int) -> tuple[Tensor, Tensor]:
