@@ -1,63 +1,85 @@
+"""The layers' own gradients and in-place rounds, against torch's and against differences."""
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trm_dist.model.layers import EPSILON, GatedMlp, add_and_norm
+from trm_dist.model.layers import EPSILON, GatedMlp, _Gated, add_and_norm
 
-ORDERS = [(1, False), (2, False), (2, True)]
-"""Which axis is normed, and whether its squares are added up in turned memory."""
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+AXES = pytest.mark.parametrize("axis", [1, 2])
 
 
 def pair(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    x, change = (torch.randn(3, 37, 96, generator=generator).to(dtype) for _ in range(2))
+    x, change = (torch.randn(3, 40, 96, generator=generator).to(dtype) for _ in range(2))
     return x, change
 
 
-def plain(x: Tensor, change: Tensor, dim: int, is_turned: bool) -> Tensor:
-    """The norm as torch has it, over the axis in the place where its sums run."""
-    total = x + change
-    if is_turned:
-        total = total.mT.contiguous().mT
-    total = total.transpose(dim, -1)
-    exact = total.float() if total.dtype == torch.bfloat16 else total
-    normed = F.rms_norm(exact, total.shape[-1:], eps=EPSILON).to(total.dtype)
-    return normed.transpose(dim, -1)
+def plain_norm(x: Tensor, change: Tensor, axis: int) -> Tensor:
+    """The norm as torch has it."""
+    total = (x + change).transpose(axis, -1)
+    return F.rms_norm(total, total.shape[-1:], eps=EPSILON).transpose(axis, -1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("dim", "is_turned"), ORDERS)
-def test_norm_has_the_bits_of_the_plain_one(dim: int, is_turned: bool, dtype: torch.dtype) -> None:
+@AXES
+@DTYPES
+def test_norm_and_its_gradient_are_torchs(axis: int, dtype: torch.dtype) -> None:
     x, change = (each.requires_grad_() for each in pair(dtype))
     slope = pair(dtype)[0].flip(0)
-    ours = add_and_norm(x, change, dim, is_turned=is_turned)
-    theirs = plain(x, change, dim, is_turned)
-    assert torch.equal(ours, theirs)
+    ours, theirs = add_and_norm(x, change, axis), plain_norm(x, change, axis)
+    torch.testing.assert_close(ours, theirs)
     for own, other in zip(
         torch.autograd.grad(ours, (x, change), slope),
         torch.autograd.grad(theirs, (x, change), slope),
         strict=True,
     ):
-        assert torch.equal(own, other)
+        torch.testing.assert_close(own, other)
 
 
-@pytest.mark.parametrize(("dim", "is_turned"), ORDERS)
-def test_gradient_of_the_norm_is_that_of_differences(dim: int, is_turned: bool) -> None:
+@AXES
+def test_gradient_of_the_norm_is_that_of_differences(axis: int) -> None:
     x, change = (each[:2, :5, :6].double().requires_grad_() for each in pair())
-    assert torch.autograd.gradcheck(
-        lambda *each: add_and_norm(*each, dim, is_turned=is_turned), (x, change)
+    assert torch.autograd.gradcheck(lambda *each: add_and_norm(*each, axis), (x, change))
+
+
+@AXES
+def test_gradient_of_the_gate_is_that_of_differences(axis: int) -> None:
+    x = pair()[0][:2, :4, :6].double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda each: _Gated.apply(each, axis), (x,))
+
+
+@AXES
+@DTYPES
+def test_gate_and_its_gradient_have_the_bits_of_autograds(axis: int, dtype: torch.dtype) -> None:
+    x, slope = pair(dtype)
+    x.requires_grad_()
+    slope = slope.chunk(2, axis)[0]
+    gate, up = x.chunk(2, axis)
+    theirs = F.silu(gate) * up
+    ours = _Gated.apply(x, axis)
+    assert torch.equal(ours, theirs)
+    (own,), (other,) = (torch.autograd.grad(each, x, slope) for each in (ours, theirs))
+    assert torch.equal(own, other)
+
+
+@DTYPES
+def test_mlp_over_positions_is_the_one_over_the_width_turned(dtype: torch.dtype) -> None:
+    x = pair(dtype)[0]
+    over_width, over_positions = (
+        GatedMlp(40, 64, torch.Generator().manual_seed(1), axis) for axis in (-1, 1)
     )
+    torch.testing.assert_close(over_positions(x), over_width(x.mT).mT)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("dim", "is_turned"), ORDERS)
-def test_rounds_without_gradient_have_the_bits_of_one_with(
-    dim: int, is_turned: bool, dtype: torch.dtype
-) -> None:
+@AXES
+@DTYPES
+def test_rounds_without_gradient_have_the_bits_of_one_with(axis: int, dtype: torch.dtype) -> None:
     x, change = pair(dtype)
-    mlp = GatedMlp(96, 64, torch.Generator().manual_seed(1))
-    wanted = add_and_norm(x, change, dim, is_turned=is_turned), mlp(x)
+    generator = torch.Generator().manual_seed(1)
+    mlp = GatedMlp(x.shape[axis], 64, generator, axis=1 if axis == 1 else -1)
+    wanted = add_and_norm(x, change, axis), mlp(x)
     with torch.no_grad():
         assert torch.equal(mlp(x), wanted[1])
-        assert torch.equal(add_and_norm(x, change, dim, is_turned=is_turned), wanted[0])
+        assert torch.equal(add_and_norm(x, change, axis), wanted[0])

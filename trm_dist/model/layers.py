@@ -18,7 +18,7 @@ EPSILON = 1e-5
 ROTARY_BASE = 10_000.0
 
 
-def add_and_norm(x: Tensor, change: Tensor, dim: int, *, is_turned: bool = False) -> Tensor:
+def add_and_norm(x: Tensor, change: Tensor, axis: int) -> Tensor:
     """Add, and divide by the root mean square over an axis; no learned gain.
 
     Memory keeps the order that x has. Without gradient x is written over, since nothing else is
@@ -27,45 +27,62 @@ def add_and_norm(x: Tensor, change: Tensor, dim: int, *, is_turned: bool = False
     Args:
         x: [B, S, D].
         change: What is added, [B, S, D].
-        dim: The axis of the mean, 1 or 2.
-        is_turned: Add up the squares as if the last two axes of x were swapped in memory.
+        axis: Of the mean, 1 or 2.
     """
     is_recording = torch.is_grad_enabled()
     x = x + change if is_recording else x.add_(change)
     if x.is_cuda:  # one kernel there, which wants its axis last
-        turned = x.transpose(dim, -1)
+        turned = x.transpose(axis, -1)
         normed = F.rms_norm(widened(turned), turned.shape[-1:], eps=EPSILON).to(x.dtype)
-        return normed.transpose(dim, -1)
+        return normed.transpose(axis, -1)
     exact = widened(x)
     if is_recording:
-        return _RmsNorm.apply(exact, dim, is_turned).to(x.dtype)  # type: ignore[no-any-return, no-untyped-call]
-    return exact.mul_(_inverse_rms(exact, dim, is_turned)).to(x.dtype)
+        return _RmsNorm.apply(exact, axis).to(x.dtype)  # type: ignore[no-any-return, no-untyped-call]
+    return exact.mul_(_inverse_rms(exact, axis)).to(x.dtype)
 
 
 class _RmsNorm(torch.autograd.Function):
     """The norm, its gradient in fewer passes over x than autograd makes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, is_turned: bool) -> Tensor:
-        scale = _inverse_rms(x, dim, is_turned)
-        ctx.dim = dim
+    def forward(ctx: Any, x: Tensor, axis: int) -> Tensor:
+        scale = _inverse_rms(x, axis)
+        ctx.axis = axis
         ctx.save_for_backward(x, scale)
         return x * scale
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         x, scale = ctx.saved_tensors
-        # d scale / d x = -scale^3 x / n, in the order in which autograd rounds it.
-        slope = (gradient * x).sum(ctx.dim, keepdim=True).mul_(-0.5).mul_(scale.pow(3))
-        slope = slope.div_(x.shape[ctx.dim]).mul_(2)
-        return (gradient * scale).add_(x * slope), None, None
+        slope = (gradient * x).sum(ctx.axis, keepdim=True).div_(-x.shape[ctx.axis])
+        return (gradient * scale).add_(x * slope.mul_(scale.pow(3))), None
 
 
-def _inverse_rms(x: Tensor, dim: int, is_turned: bool) -> Tensor:
+def _inverse_rms(x: Tensor, axis: int) -> Tensor:
     """Return one over the root mean square over an axis, which stays with size 1."""
-    squares = x.new_empty(x.mT.shape).mT if is_turned else x.new_empty(x.shape)
-    torch.mul(x, x, out=squares)
-    return squares.mean(dim, keepdim=True).add_(EPSILON).rsqrt_()
+    return (x * x).mean(axis, keepdim=True).add_(EPSILON).rsqrt_()
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gate) * up, its gradient written where it belongs instead of put together."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, axis: int) -> Tensor:
+        gate, up = gate_up.chunk(2, axis)
+        opened = F.silu(gate)
+        ctx.axis = axis
+        ctx.save_for_backward(gate_up, opened)
+        return opened * up
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gate_up, opened = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, ctx.axis)
+        slopes = torch.empty_like(gate_up)
+        of_gate, of_up = slopes.chunk(2, ctx.axis)
+        torch.mul(gradient, opened, out=of_up)
+        torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=of_gate)
+        return slopes, None
 
 
 def widened(x: Tensor) -> Tensor:
@@ -81,29 +98,38 @@ def inner_width(width: int, *, expansion: float, multiple: int) -> int:
 class Linear(nn.Module):
     """A linear map without bias, weights from a normal of std 1/sqrt(in) cut at two deviations."""
 
-    def __init__(self, num_in: int, num_out: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, num_in: int, num_out: int, generator: torch.Generator, axis: int = -1
+    ) -> None:
+        """Make a map over an axis: the last one, or 1 of three."""
         super().__init__()
         self.weight = nn.Parameter(truncated_normal((num_out, num_in), num_in**-0.5, generator))
+        self._axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., num_in] to [..., num_out]."""
-        return F.linear(x, self.weight.to(x.dtype))
+        """Map [..., num_in] to [..., num_out]; with axis 1 [B, num_in, D] to [B, num_out, D]."""
+        weight = self.weight.to(x.dtype)
+        if self._axis == -1:
+            return F.linear(x, weight)
+        return torch.bmm(weight.expand(len(x), -1, -1), x)  # x need not be turned in memory
 
 
 class GatedMlp(nn.Module):
-    """SwiGLU over the last axis: down(silu(gate) * up)."""
+    """SwiGLU over an axis, the last one or 1 of three: down(silu(gate) * up)."""
 
-    def __init__(self, width: int, inner: int, generator: torch.Generator) -> None:
+    def __init__(self, width: int, inner: int, generator: torch.Generator, axis: int = -1) -> None:
         super().__init__()
-        self.gate_up = Linear(width, 2 * inner, generator)
-        self.down = Linear(inner, width, generator)
+        self.gate_up = Linear(width, 2 * inner, generator, axis)
+        self.down = Linear(inner, width, generator, axis)
+        self._axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., width] to [..., width]."""
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        gate = F.silu(gate)
-        gate = gate * up if torch.is_grad_enabled() else gate.mul_(up)
-        return self.down(gate)  # type: ignore[no-any-return]
+        """Map x to its own shape."""
+        gate_up = self.gate_up(x)
+        if torch.is_grad_enabled():
+            return self.down(_Gated.apply(gate_up, self._axis))  # type: ignore[no-any-return, no-untyped-call]
+        gate, up = gate_up.chunk(2, self._axis)
+        return self.down(F.silu(gate).mul_(up))  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):
@@ -144,15 +170,14 @@ class MixerBlock(nn.Module):
     ) -> None:
         super().__init__()
         inner = inner_width(positions, expansion=expansion, multiple=multiple)
-        self.over_positions = GatedMlp(positions, inner, generator)
+        self.over_positions = GatedMlp(positions, inner, generator, axis=1)
         inner = inner_width(width, expansion=expansion, multiple=multiple)
         self.over_width = GatedMlp(width, inner, generator)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D]; without gradient x is written over."""
-        x = add_and_norm(x, self.over_positions(x.mT).mT, 1)
-        # Turned, so that a run of an older version goes on with its bits.
-        return add_and_norm(x, self.over_width(x), 2, is_turned=True)
+        x = add_and_norm(x, self.over_positions(x), 1)
+        return add_and_norm(x, self.over_width(x), 2)
 
 
 class AttentionBlock(nn.Module):
