@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from trm_dist.checkpoint.memory import Slots
 from trm_dist.checkpoint.names import FINAL, epoch_name
-from trm_dist.checkpoint.snapshot import Flat
+from trm_dist.checkpoint.snapshot import Flat, Views
 from trm_dist.config import CheckpointConfig
 from trm_dist.errors import StoreError
 from trm_dist.events import CommitFailed, Committed, Emit
@@ -55,6 +55,7 @@ class Snapshots:
 
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
+        self._views: dict[int, Views] = {}
         newest = slots.newest()
         self.newest: tuple[int, int] | None = None
         """Slot and sequence number of the newest capture of this process."""
@@ -79,7 +80,8 @@ class Snapshots:
         """
         flat = Flat(tree)
         slot = self._free_slot(busy)
-        flat.copy_to(self._slots.begin(slot))
+        body = self._slots.begin(slot)
+        flat.copy_into(self._views.setdefault(slot, Views(body)))
         self._sequence += 1
         self._slots.finish(slot, self._sequence, flat.header)
         self._newest_slot = slot

@@ -20,6 +20,27 @@ logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 64
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name[6:]) for name in STORAGES}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_PLAIN = frozenset({bool, int, float, str, type(None)})
+
+Place = tuple[str, list[int], int]
+"""Type, shape and offset of a tensor in a buffer."""
+
+
+class Views:
+    """The tensors that lie in a buffer, kept from copy to copy as long as they lie there alike."""
+
+    def __init__(self, buffer: memoryview) -> None:
+        """Of a buffer, which must be writable or stay as it is."""
+        self._buffer = buffer
+        self._places: list[Place] = []
+        self._tensors: list[Tensor] = []
+
+    def at(self, places: list[Place]) -> list[Tensor]:
+        """Return the tensors at some places."""
+        if places != self._places:
+            self._places, self._tensors = places, [_view(self._buffer, *each) for each in places]
+        return self._tensors
 
 
 class Flat:
@@ -36,17 +57,21 @@ class Flat:
         """
         self._tensors: list[Tensor] = []
         skeleton = _take_out(tree, self._tensors)
-        self._places: list[tuple[str, list[int], int]] = []
+        self._places: list[Place] = []
         self.num_bytes = 0
         for tensor in self._tensors:
-            self._places.append((str(tensor.dtype), list(tensor.shape), self.num_bytes))
-            num_bytes = tensor.numel() * tensor.element_size()
+            self._places.append((_NAMES[tensor.dtype], list(tensor.shape), self.num_bytes))
+            num_bytes = tensor.nbytes
             self.num_bytes += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         self.header = json.dumps({"tree": skeleton, "tensors": self._places}).encode()
 
     def copy_to(self, buffer: memoryview) -> None:
         """Copy all tensors into a buffer of at least `num_bytes`; the state may change then."""
-        targets = [_view(buffer, *place) for place in self._places]
+        self.copy_into(Views(buffer))
+
+    def copy_into(self, views: Views) -> None:
+        """Copy all tensors into a buffer that was perhaps copied into before; see `copy_to`."""
+        targets = views.at(self._places)
         near: tuple[list[Tensor], list[Tensor]] = ([], [])
         has_far = False
         for target, tensor in zip(targets, self._tensors, strict=True):
@@ -80,7 +105,7 @@ def pin(buffer: memoryview) -> None:
 def unflatten(header: bytes, buffer: memoryview) -> dict[str, Any]:
     """Return the tree; its tensors are views of the buffer, which must be writable or stay."""
     content = json.loads(header)
-    tensors = [_view(buffer, *place) for place in content["tensors"]]
+    tensors = Views(buffer).at(content["tensors"])
     tree: dict[str, Any] = _put_back(content["tree"], tensors)
     return tree
 
@@ -95,16 +120,21 @@ def _view(buffer: memoryview, dtype: str, shape: list[int], offset: int) -> Tens
 
 def _take_out(value: Any, tensors: list[Tensor]) -> Any:
     """Replace tensors by their number, and say the kind of every container."""
-    if isinstance(value, Tensor) and str(value.dtype) in _DTYPES:
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, Tensor) and value.dtype in _NAMES:
         tensors.append(value)
         return {KIND: "tensor", "at": len(tensors) - 1}
     if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
-        items = [[key, _take_out(each, tensors)] for key, each in value.items()]
+        items = [
+            [key, each if type(each) in _PLAIN else _take_out(each, tensors)]
+            for key, each in value.items()
+        ]
         return {KIND: "dict", "items": items}
     if isinstance(value, list | tuple):
         items = [_take_out(each, tensors) for each in value]
         return {KIND: "tuple" if isinstance(value, tuple) else "list", "items": items}
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, int | float | str):  # of a type of its own
         return value
     raise TypeError(f"a snapshot holds tensors and plain values, not {type(value).__name__}")
 
