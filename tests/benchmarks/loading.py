@@ -48,7 +48,7 @@ class Plan:
 
 PLANS = {
     "full": Plan(1 << 30, resumes=7, s3_bytes=500_000_000, s3_rounds=5),
-    "quick": Plan(1 << 28, resumes=5, s3_bytes=500_000_000, s3_rounds=3),
+    "quick": Plan(1 << 28, resumes=5, s3_bytes=500_000_000, s3_rounds=2),
     "tiny": Plan(1 << 20, resumes=2, s3_bytes=6_000_000, s3_rounds=2),
 }
 

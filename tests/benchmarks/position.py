@@ -46,7 +46,7 @@ class Plan:
 
 PLANS = {
     "full": Plan(1_000_000, skipped=100_000, rounds=5),
-    "quick": Plan(1_000_000, skipped=50_000, rounds=2),
+    "quick": Plan(1_000_000, skipped=50_000, rounds=1),
     "tiny": Plan(1_000, skipped=100, rounds=1),
 }
 

@@ -116,6 +116,7 @@ FAR_RESUME = """
     # A data set of 10^10 samples that takes no memory; it counts the rows it is asked for.
     import os, sys
     import numpy as np
+    import torch
     from trm_dist.config import Config, derived_sizes, resolve
     from trm_dist.data.dataset import Dataset
     from trm_dist.checkpoint.resume import Start
