@@ -49,7 +49,7 @@ class Plan:
 
 PLANS = {
     "full": Plan(1.0, batches=50, rounds=3),
-    "quick": Plan(0.1, batches=15, rounds=2),
+    "quick": Plan(0.1, batches=15, rounds=1),
     "tiny": Plan(0.001, batches=5, rounds=1),
 }
 
