@@ -34,7 +34,9 @@ from trm_dist.errors import (
     EXIT_GAVE_UP,
     EXIT_HOPELESS,
     EXIT_INTERRUPTED,
+    EXIT_UNFIT,
     EXIT_USAGE,
+    DeviceLostError,
     StoreAwayError,
     TrmDistError,
     UserError,
@@ -74,9 +76,9 @@ def _guarded(command: Callable[[bool], int]) -> int:
         tell(str(error))
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except StoreAwayError as error:
+    except (StoreAwayError, DeviceLostError) as error:
         record_error(error)
-        return EXIT_CRASHED
+        return EXIT_UNFIT if isinstance(error, DeviceLostError) else EXIT_CRASHED
     except TrmDistError as error:
         tell(str(error))
         record_error(error)

@@ -10,6 +10,7 @@ TrmDistError
 |-- StoreAwayError        a store cannot be reached at the start; a restart may help
 |-- HungError             no sign of life for longer than --hang-timeout; a restart may help
 |-- NoProgressError       restarted too often without a new batch; exit code 1
+|-- DeviceLostError       the GPU that a node had is gone; that node leaves, the others go on
 |-- FencedError           another writer has taken over the run; exit code 1
 `-- TrainingError         training itself failed, such as a loss that is not finite; exit code 1
 """
@@ -24,6 +25,8 @@ EXIT_HOPELESS = 76
 """Of a worker under `trm_dist launch` whose failure a restart would meet again; becomes 1."""
 EXIT_REPLACED = 77
 """Of a writer under `trm_dist launch` that another group of its own job has replaced."""
+EXIT_UNFIT = 78
+"""Of a worker under `trm_dist launch` whose node cannot train any more; becomes 143."""
 EXIT_INTERRUPTED = 130
 EXIT_PREEMPTED = 143
 
@@ -66,6 +69,10 @@ class NoProgressError(TrmDistError, RuntimeError):
 
 class HungError(TrmDistError, RuntimeError):
     """Nothing has got on for longer than `--hang-timeout`; a restart may help."""
+
+
+class DeviceLostError(TrmDistError, RuntimeError):
+    """The GPU that a worker was to have again is gone."""
 
 
 class FencedError(TrmDistError, RuntimeError):

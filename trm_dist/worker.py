@@ -52,6 +52,7 @@ from trm_dist.errors import (
     EXIT_REPLACED,
     EXIT_USAGE,
     ConfigError,
+    DeviceLostError,
     FencedError,
     NoProgressError,
     StoreAwayError,
@@ -168,10 +169,16 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
 
 
 def _take_device(config: Config, world: World) -> torch.device:
-    """Take what this worker computes on; of the workers of a node one says what is wrong."""
+    """Take what this worker computes on; of the workers of a node one says what is wrong.
+
+    Raises:
+        DeviceLostError: Under `launch`, where the node had it before.
+    """
     try:
         return take_device(config.train.device, config.train.backend, world.local_rank)
     except ConfigError as error:
+        if is_under_launch(os.environ) and is_restart(os.environ):
+            raise DeviceLostError(str(error)) from error
         if world.is_first_of_node:
             raise
         let_the_first_speak(os.environ)

@@ -1,6 +1,7 @@
 """What a supervisor decides, with nothing below it."""
 
 import asyncio
+import os
 import signal
 import struct
 import subprocess
@@ -10,9 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from trm_dist.config import Config
-from trm_dist.elastic.agent import PULSE
+from trm_dist.elastic.agent import LAUNCH, PULSE, RESTARTS
 from trm_dist.elastic.pulse import START_LIMIT_S, Pulse
+from trm_dist.errors import EXIT_UNFIT
 from trm_dist.launch.health import _response
 from trm_dist.launch.job import LaunchConfig, job_of
 from trm_dist.launch.supervisor import Supervisor
@@ -59,6 +63,32 @@ def test_stop_is_heard_in_the_longest_pause() -> None:
         command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
     )
     assert done.stdout.split() == ["code", "143", "starts", "3"], done.stderr
+
+
+def test_node_whose_gpu_is_gone_leaves_and_the_others_go_on() -> None:
+    sent: list[Mapping[str, Any]] = []
+    supervisor = Alone()
+    supervisor._send = sent.append  # type: ignore[method-assign]
+    event = {"pid": 1, "rank": 3, "code": EXIT_UNFIT, "was_killed": False, "error": "no GPU"}
+
+    code = asyncio.run(supervisor._judge(event))
+
+    assert code == 143
+    assert sent == [{"do": "stop", "signal": signal.SIGTERM}]  # and no word to the other nodes
+
+
+@pytest.mark.parametrize(("restarts", "code"), [("0", 2), ("1", EXIT_UNFIT)])
+def test_worker_tells_a_gpu_that_is_gone_from_one_that_was_never_there(
+    restarts: str, code: int, tmp_path: Path
+) -> None:
+    variables = {LAUNCH: "a", RESTARTS: restarts, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "trm_dist", "train", "--dataset", "sudoku4:train"]
+    done = subprocess.run(
+        [*command, "--device", "cuda"], env=os.environ | variables, cwd=tmp_path, check=False,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_health_is_lost_with_the_signs_of_life_of_one_worker_while_training() -> None:

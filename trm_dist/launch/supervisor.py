@@ -34,6 +34,7 @@ from trm_dist.errors import (
     EXIT_LOST,
     EXIT_PREEMPTED,
     EXIT_REPLACED,
+    EXIT_UNFIT,
     EXIT_USAGE,
 )
 from trm_dist.launch.health import serve_health
@@ -148,8 +149,8 @@ class Supervisor:
         if code == EXIT_REPLACED and self._num_replaced < _MOST_REPLACED:
             self._meet_anew(event["rank"])
             return None
-        if code in {EXIT_USAGE, EXIT_HOPELESS, EXIT_REPLACED}:
-            return await self._give_up(EXIT_USAGE if code == EXIT_USAGE else EXIT_GAVE_UP)
+        if code in {EXIT_USAGE, EXIT_HOPELESS, EXIT_REPLACED, EXIT_UNFIT}:
+            return await self._end_for_good(event)
         if code in {EXIT_PREEMPTED, EXIT_INTERRUPTED}:
             logger.warning(
                 "worker %d was told to stop and has saved; all start again", event["rank"]
@@ -157,6 +158,12 @@ class Supervisor:
         elif not (event["was_killed"] or code == EXIT_LOST or self._has_failed):
             return await self._count_failure(event)
         return None
+
+    async def _end_for_good(self, event: dict[str, Any]) -> int:
+        """End what another start would not mend: this node's part, or the run."""
+        if event["code"] == EXIT_UNFIT:
+            return await self._leave({"text": f"worker {event['rank']}: {event['error']}"})
+        return await self._give_up(EXIT_USAGE if event["code"] == EXIT_USAGE else EXIT_GAVE_UP)
 
     def _meet_anew(self, rank: int) -> None:
         """Bring together the groups into which the workers of this job have split."""
