@@ -64,6 +64,7 @@ def pin_numerics(threads: int) -> None:
     # Without it cuBLAS may choose by what is free; it is read when a GPU's first product is made.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
+    # Nobody reads memory before it is written, so filling it first would only take time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

@@ -11,11 +11,11 @@ import sys
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tests.benchmarks.step import ours
+from tests.benchmarks.step import Case, ours
 from trm_dist.elastic.world import World, form_group
 from trm_dist.train import pin_numerics
 
-NUM_SHOWN = 12
+NUM_SHOWN, ROWS = 12, 32
 
 
 def main(net: str = "mlp", dim: str = "128", positions: str = "81") -> None:
@@ -23,7 +23,7 @@ def main(net: str = "mlp", dim: str = "128", positions: str = "81") -> None:
     pin_numerics(1)
     world = World.from_environment({})
     group = form_group(world, {}, 600)
-    step = ours(net, int(dim), int(positions), world)
+    step = ours(Case(net, int(dim), int(positions), ROWS), world)
     step()
     with profile(activities=[ProfilerActivity.CPU]) as found:
         step()

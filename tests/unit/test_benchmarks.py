@@ -255,3 +255,11 @@ def test_bench_keeps_the_other_parts_of_the_same_size(tmp_path: Path) -> None:
     assert Bench(tmp_path, "full", {"one": Measured([])}).rows() == []
     again.forget()
     assert again.rows() == []
+
+
+@pytest.mark.parametrize("net", ["mlp", "attn"])
+def test_profile_of_a_step_names_its_matrix_products(net: str) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.step_profile", net, "16", "16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "aten::mm" in done.stdout
