@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 BLOCK = 1 << 18
 
 RESET = "reset"  # before anything is answered
-RESET_MID_REQUEST = "reset in the middle of the request's body"
+RESET_BEFORE_BODY = "the server gets the request's head, its body never comes"
+RESET_MID_BODY = "the server gets the request's head and half its body"
 LOST_ANSWER = "the server does it, its answer is lost"
 TRUNCATED = "the answer's body ends too early"
 STALL = "the answer does not end and the connection stays"
 
-CONNECTION_FAULTS = [RESET, RESET_MID_REQUEST, LOST_ANSWER, TRUNCATED]
+CUT_REQUESTS = [RESET_BEFORE_BODY, RESET_MID_BODY]
+CONNECTION_FAULTS = [RESET, *CUT_REQUESTS, LOST_ANSWER, TRUNCATED]
 
 
 @dataclass(frozen=True)
@@ -154,10 +156,13 @@ class Proxy:
             await _copy_body(head, client[0], None)
             await _answer(fault, request, client[1])
             return
-        if fault == RESET_MID_REQUEST:
-            await _copy_body(head, client[0], None, most=head.length // 2)
+        if fault in CUT_REQUESTS and not head.length:
             _reset(client[1])
         server[1].write(head.raw)
+        if fault in CUT_REQUESTS:
+            most = 0 if fault == RESET_BEFORE_BODY else head.length // 2
+            await _copy_body(head, client[0], server[1], most=most)
+            _reset(client[1])
         await _copy_body(head, client[0], server[1])
         await self._return(request, fault, client[1], server[0])
 

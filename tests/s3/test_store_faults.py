@@ -8,6 +8,7 @@ import pytest
 from tests.contract import BIG, ForbiddenError, content
 from tests.s3.proxy import (
     CONNECTION_FAULTS,
+    CUT_REQUESTS,
     LOST_ANSWER,
     PASSING_REPLIES,
     RESET,
@@ -163,7 +164,7 @@ def test_server_that_falls_silent_is_survived(
 
 
 @pytest.mark.usefixtures("impatience")
-@pytest.mark.parametrize("fault", [LOST_ANSWER, Reply(503, "SlowDown")], ids=str)
+@pytest.mark.parametrize("fault", [LOST_ANSWER, *CUT_REQUESTS, Reply(503, "SlowDown")], ids=str)
 @ALL_WORK
 def test_fault_that_lasts_is_one_clear_error(
     store: S3Store,

@@ -185,8 +185,9 @@ class Requests:
 def _make_client() -> Any:
     """Make a client from the environment and ~/.aws, like any AWS tool.
 
-    Bodies are signed whole, so the server checks what it gets; more checksums would change nothing
-    but speed and the number of servers that understand us. What is read carries a seal of its own.
+    Bodies are signed whole or carry an MD5, which every server knows; more checksums would change
+    nothing but speed and the number of servers that understand us. What is read carries a seal of
+    its own.
     """
     config = botocore.config.Config(
         connect_timeout=CONNECT_TIMEOUT_S,
