@@ -71,7 +71,7 @@ class Sink:
         self.num_samples += len(inputs)
         self.seq_len = inputs.shape[1]
         self._inputs.write(inputs.tobytes())
-        self._labels.write(labels.astype("<i2").tobytes())
+        self._labels.write(labels.astype("<i2", copy=False).tobytes())
         if puzzles is not None:
             self._puzzles.write(puzzles.astype("<i4").tobytes())
 

@@ -18,6 +18,7 @@ SEPARATOR = 0x1E
 IGNORED = -100
 """Label of a position that counts nowhere."""
 
+_SEPARATOR, _END = bytes([SEPARATOR]), bytes([END])
 _CLEANED = bytes.maketrans(bytes([PAD, END, SEPARATOR]), b"   ")
 
 
@@ -45,11 +46,12 @@ def encode(records: Iterable[tuple[str, str, str]], seq_len: int) -> Encoded:
     """
     asked, answers = [], []
     for context, query, completion in records:
-        question = _to_bytes(query)
+        # A character has a byte at least, so one more than fit shows as well that it is cut.
+        question = _to_bytes(query[-seq_len - 1 :])
         if context:
-            question = _to_bytes(context) + bytes([SEPARATOR]) + question
+            question = _to_bytes(context[-seq_len - 1 :]) + _SEPARATOR + question
         asked.append(question)
-        answers.append(_to_bytes(completion) + bytes([END]))
+        answers.append(_to_bytes(completion[: seq_len + 1]) + _END)
     asked_lengths, lengths = (np.fromiter(map(len, each), np.int64) for each in (asked, answers))
     inputs = _rows([each[-seq_len:] for each in asked], seq_len)
     labels = _rows([each[:seq_len] for each in answers], seq_len).astype(np.int16)

@@ -5,11 +5,10 @@ import logging
 import mmap
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -19,20 +18,20 @@ from trm_dist import __version__
 from trm_dist.data import codec, grids, sudoku, sudoku9
 from trm_dist.data.cache import Build, Cache, Entry, Sink, cached
 from trm_dist.data.disguise import disguise
+from trm_dist.data.encoders import worthwhile
 from trm_dist.data.meter import Meter
-from trm_dist.data.records import RecordFile, identity, opened
+from trm_dist.data.records import RecordFile, batched, identity, opened
 from trm_dist.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 Overlong = Literal["truncate", "drop"]
-Item = TypeVar("Item")
 Grids = npt.NDArray[np.uint8]
 
 SUDOKU4, SUDOKU9 = "sudoku4:", "sudoku9:"
 DEFAULT_TEXT_LENGTH = 256
 _PART = 4096
-"""Records that are encoded at a time."""
+"""Puzzles that are read at a time."""
 _PUZZLE_OPTIONS: dict[str, dict[str, int]] = {
     "sudoku4": {}, "sudoku9": {"blanks": sudoku9.NUM_CELLS},
 }  # fmt: skip
@@ -328,15 +327,17 @@ def _build_text(
     url: str, seq_len: int, overlong: Overlong, num_bytes: int | None, sink: Sink
 ) -> dict[str, Any]:
     num_cut = num_kept = 0
-    with Meter(url, num_bytes, "bytes") as tell:
-        file = RecordFile(url, tell)
-        for part in batched(file, _PART):
-            encoded = codec.encode(part, seq_len)
+    with ExitStack() as stack:
+        file = RecordFile(url, stack.enter_context(Meter(url, num_bytes, "bytes")))
+        parts = file.encoded(seq_len, worthwhile(num_bytes))
+        for encoded in stack.enter_context(closing(parts)):
             num_cut += int(encoded.is_cut.sum())
-            fits = ~encoded.is_cut | (overlong == "truncate")
-            num_kept += int(fits.sum())
-            if fits.any():
-                sink.write(encoded.inputs[fits], encoded.labels[fits])
+            inputs, labels = encoded.inputs, encoded.labels
+            if overlong == "drop":
+                inputs, labels = inputs[~encoded.is_cut], labels[~encoded.is_cut]
+            num_kept += len(inputs)
+            if len(inputs):
+                sink.write(inputs, labels)
     if not num_kept:
         raise DataError(
             f"{url}: all {num_cut} records are longer than --seq-len {seq_len}, and "
@@ -353,10 +354,3 @@ def _build_text(
             "skipped": file.num_skipped,
         },
     }
-
-
-def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """Yield the items in lists of `size`; the last one may be shorter."""
-    iterator = iter(items)
-    while part := list(islice(iterator, size)):
-        yield part

@@ -1,42 +1,36 @@
-"""Text records from JSON and JSONL, local or at any fsspec URL, in the three usual spellings.
+"""Text records from JSON and JSONL, local or at any fsspec URL.
 
 Accepted: a list of records, `{"metadata": ..., "data": [...]}`, or one record a line (.jsonl,
-.ndjson). A record has context/query/completion, instruction/input/output, or prompt/response.
+.ndjson).
 """
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from itertools import islice
+from typing import Any, TypeVar
 
 import fsspec
 
+from trm_dist.data.codec import Encoded, encode
+from trm_dist.data.encoders import answers, encode_lines
 from trm_dist.data.json_stream import BrokenJsonError, NoListError, elements
+from trm_dist.data.parse import as_record, not_json, not_text
 from trm_dist.errors import DataError
 
-_SPELLINGS = (
-    # context, query, completion; the first two may be missing, but not both
-    ("context", "query", "completion"),
-    ("input", "instruction", "output"),
-    ("", "prompt", "response"),
-)
+_PART = 4096
+"""Records of a list that are encoded at a time."""
+_BLOCK_BYTES = 1 << 20
+"""Of lines that are parsed and encoded at a time."""
 
+Item = TypeVar("Item")
 
 _IDENTIFYING = ("ETag", "etag", "mtime", "created", "LastModified", "ino", "generation", "version")
 """What file systems say of a file that changes with its content."""
 
 
-class Record(NamedTuple):
-    """One question and its answer."""
-
-    context: str
-    query: str
-    completion: str
-
-
 class RecordFile:
-    """The records of a file, one after the other; it is never in memory as a whole.
+    """The records of a file, part after part; it is never in memory as a whole.
 
     Reading it to the end counts what was skipped and identifies the content.
     """
@@ -50,7 +44,7 @@ class RecordFile:
         """
         self._url, self._on_read = url, on_read
         self._hash = hashlib.sha256()
-        self._num_read = 0
+        self._num_read = self._num_records = 0
         self.num_skipped = 0
         """Records with an empty completion, which teach nothing."""
 
@@ -59,35 +53,61 @@ class RecordFile:
         """Of the content, once it is read."""
         return self._hash.hexdigest()
 
-    def __iter__(self) -> Iterator[Record]:
-        """Read the records that have a completion.
+    def encoded(self, seq_len: int, num_helpers: int = 0) -> Generator[Encoded]:
+        """Read and encode the records that have a completion, part after part.
+
+        Args:
+            seq_len: L.
+            num_helpers: Processes that encode lines beside this one.
 
         Raises:
             DataError: The file is missing, cannot be read or parsed, or a record lacks its keys;
                 the message names the place.
         """
         is_lines = self._url.rsplit("?", 1)[0].endswith((".jsonl", ".ndjson"))
-        count = 0
-        for number, item in enumerate(self._lines() if is_lines else self._elements()):
-            record = _record(self._url, number, item)
-            count += 1
-            if record.completion:
-                yield record
-            else:
-                self.num_skipped += 1
-        if not count:
+        yield from self._of_lines(seq_len, num_helpers) if is_lines else self._of_list(seq_len)
+        if not self._num_records:
             raise DataError(f"{self._url} holds no records. Give a file with at least one.")
-        if count == self.num_skipped:
-            raise DataError(f"{self._url}: all {count} records have an empty completion.")
+        if self._num_records == self.num_skipped:
+            raise DataError(
+                f"{self._url}: all {self._num_records} records have an empty completion."
+            )
 
-    def _lines(self) -> Iterator[Any]:
+    def _of_lines(self, seq_len: int, num_helpers: int) -> Iterator[Encoded]:
+        num_lines = 0
+        with closing(answers(self._blocks(), seq_len, num_helpers)) as blocks:
+            for block, answer in blocks:
+                found = answer or encode_lines(
+                    self._url, block, seq_len, first_line=num_lines, first_record=self._num_records
+                )
+                num_lines += found.num_lines
+                yield self._counted(found.encoded, found.num_records)
+
+    def _of_list(self, seq_len: int) -> Iterator[Encoded]:
+        elements = enumerate(self._elements())
+        for part in batched(elements, _PART):
+            records = [as_record(self._url, number, item) for number, item in part]
+            teaching = [each for each in records if each.completion]
+            yield self._counted(encode(teaching, seq_len), len(records))
+
+    def _counted(self, encoded: Encoded, num_records: int) -> Encoded:
+        self._num_records += num_records
+        self.num_skipped += num_records - len(encoded.is_cut)
+        return encoded
+
+    def _blocks(self) -> Iterator[bytes]:
+        """Read whole lines, about a block of them at a time."""
         with opened(self._url) as file:
-            number = 0
-            while line := _reading(self._url, file.readline):
-                number += 1
-                self._saw(line)
-                if line.strip():
-                    yield _json(self._url, line.rstrip(b"\n"), number)
+            pieces: list[bytes] = []
+            while raw := _reading(self._url, lambda: file.read(_BLOCK_BYTES)):
+                self._saw(raw)
+                lines, newline, rest = raw.rpartition(b"\n")
+                if newline:
+                    yield b"".join([*pieces, lines, newline])
+                    pieces.clear()
+                pieces.append(rest)
+            if any(pieces):
+                yield b"".join(pieces)
 
     def _elements(self) -> Iterator[Any]:
         with opened(self._url) as file:
@@ -100,9 +120,9 @@ class RecordFile:
             try:
                 yield from elements(read)
             except BrokenJsonError as error:
-                raise _not_json(self._url, error, error.line, error.column) from error
+                raise not_json(self._url, error, error.line, error.column) from error
             except UnicodeDecodeError as error:
-                raise _not_text(self._url, error) from error
+                raise not_text(self._url, error) from error
             except NoListError as error:
                 raise DataError(
                     f"{self._url} is JSON, but neither a list of records nor an object with a list "
@@ -147,37 +167,8 @@ def _reading(url: str, read: Callable[[], Any]) -> Any:
         raise DataError(f"--dataset {url} cannot be read: {error}. Check the URL.") from error
 
 
-def _json(url: str, raw: bytes, line: int) -> Any:
-    try:
-        return json.loads(raw)
-    except json.JSONDecodeError as error:
-        raise _not_json(url, error.msg, line, error.colno) from error
-    except UnicodeDecodeError as error:
-        raise _not_text(url, error) from error
-    except (ValueError, RecursionError) as error:  # a huge number, a bottomless value
-        raise _not_json(url, error, line, 1) from error
-
-
-def _not_json(url: str, reason: object, line: int, column: int) -> DataError:
-    return DataError(
-        f"{url}, line {line}, column {column}: this is not JSON ({reason}). Mend the file; files "
-        "with one record a line are named .jsonl."
-    )
-
-
-def _not_text(url: str, error: UnicodeDecodeError) -> DataError:
-    return DataError(f"{url}: byte {error.start} is not UTF-8 text.")
-
-
-def _record(url: str, number: int, item: Any) -> Record:
-    keys = item.keys() if isinstance(item, dict) else ()
-    for context, query, completion in _SPELLINGS:
-        if completion in keys and (query in keys or context in keys):
-            values = [item.get(key) or "" for key in (context, query, completion)]
-            if all(isinstance(value, str) for value in values):
-                return Record(*values)
-    found = f"keys {', '.join(sorted(map(str, keys)))}" if keys else type(item).__name__
-    raise DataError(
-        f"{url}: record {number} (counted from 0) is not a question and an answer in text: "
-        f"{found}. Use context/query/completion, instruction/input/output or prompt/response."
-    )
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield the items in lists of `size`; the last one may be shorter."""
+    iterator = iter(items)
+    while part := list(islice(iterator, size)):
+        yield part
