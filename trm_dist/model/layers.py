@@ -149,10 +149,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D]."""
-        split = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = split.unbind(0)  # each [B, H, S, D/H]
-        query, key = rotate(query, self.cos, self.sin), rotate(key, self.cos, self.sin)
-        mixed = F.scaled_dot_product_attention(query, key, value)
+        by_heads = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query_key, value = by_heads.split((2, 1))  # [2, B, H, S, D/H] and [1, B, H, S, D/H]
+        query, key = rotate(query_key, self.cos, self.sin)
+        mixed = F.scaled_dot_product_attention(query, key, value.squeeze(0))
         return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -213,10 +213,39 @@ def rotary_tables(positions: int, head_width: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + width/2) of the last axis by its position's angle."""
+    """Turn each pair (i, i + width/2) of the last axis by its position's angle.
+
+    Args:
+        x: [..., S, D/H].
+        cos: Of the angles, [S, D/H], its two halves alike.
+        sin: The same.
+    """
+    return _Rotation.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient turns back, in as few passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(gradient, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     exact = widened(x)
     first, second = exact.chunk(2, dim=-1)
-    return (exact * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    turned = exact * cos
+    new_first, new_second = turned.chunk(2, dim=-1)
+    half = sin.chunk(2, dim=-1)[0]
+    new_first.addcmul_(second, half, value=-1)
+    new_second.addcmul_(first, half)
+    return turned.to(x.dtype)
 
 
 def truncated_normal(shape: tuple[int, ...], std: float, generator: torch.Generator) -> Tensor:
