@@ -10,8 +10,6 @@ from contextlib import ExitStack, closing, contextmanager
 from itertools import islice
 from typing import Any, TypeVar
 
-import fsspec
-
 from trm_dist.data.codec import Encoded, encode
 from trm_dist.data.encoders import answers, encode_lines
 from trm_dist.data.json_stream import BrokenJsonError, NoListError, elements
@@ -141,7 +139,7 @@ def identity(url: str) -> dict[str, Any] | None:
     Raises:
         DataError: There is no such file, or it cannot be read.
     """
-    fs, path = _reading(url, lambda: fsspec.url_to_fs(url))
+    fs, path = _reading(url, lambda: _fsspec().url_to_fs(url))
     info = _reading(url, lambda: fs.info(path))
     known = {name: str(info[name]) for name in _IDENTIFYING if info.get(name)}
     return {"url": fs.unstrip_protocol(path), "size": info.get("size"), **known} if known else None
@@ -155,7 +153,14 @@ def opened(url: str) -> Iterator[Any]:
         DataError: There is no such file, or it cannot be read.
     """
     with ExitStack() as stack:
-        yield _reading(url, lambda: stack.enter_context(fsspec.open(url, "rb")))
+        yield _reading(url, lambda: stack.enter_context(_fsspec().open(url, "rb")))
+
+
+def _fsspec() -> Any:
+    """Import what puzzles from a seed do without."""
+    import fsspec
+
+    return fsspec
 
 
 def _reading(url: str, read: Callable[[], Any]) -> Any:
