@@ -310,14 +310,11 @@ def _rendezvous(arguments: list[str]) -> int:
 def _zygote(arguments: list[str], defaults: Config) -> int:
     control, listener, pulse = map(int, arguments[:3])
     config, given = _parse_config("train", arguments[3:], defaults, is_speaker=True)
-    import torch._dynamo  # half of the time that a worker needs to start
-
     from trm_dist import worker
     from trm_dist.launch import membership, zygote
     from trm_dist.plan import preload_data
 
     preload_data(config)
-    assert torch._dynamo
     gc.freeze()  # what is there stays there, and its pages stay shared
     this = [sys.executable, "-m", "trm_dist"]
     zygote.Zygote(

@@ -63,7 +63,8 @@ def pin_numerics(threads: int) -> None:
     torch.set_float32_matmul_precision("highest")
     # Without it cuBLAS may choose by what is free; it is read when a GPU's first product is made.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True)
+    # As torch.use_deterministic_algorithms does, which imports all of the compiler to tell it too.
+    torch.set_deterministic_debug_mode("error")
     # Nobody reads memory before it is written, so filling it first would only take time.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -25,6 +25,7 @@ from trm_dist.checkpoint.resume import remembered
 from trm_dist.checkpoint.runs import Run, excuse, is_of_launch, read_run
 from trm_dist.checkpoint.snapshot import Flat, pin
 from trm_dist.checkpoint.store import Store, open_store
+from trm_dist.compiler import defer_compiler
 from trm_dist.config import CheckpointConfig, Config, LogConfig, flag
 from trm_dist.elastic.agent import (
     CAUSE,
@@ -145,6 +146,7 @@ def train(config: Config, given: frozenset[str]) -> NoReturn:
     try:
         plan, identity = share_plan(plan, config, given, group)
         pin_numerics(plan.config.train.threads)
+        defer_compiler()
         trainer = Trainer(plan, group, saving.emit, pulse, saving.spend, device)
         plan = plan.without_state()  # it is not needed while training
         snapshots = None
