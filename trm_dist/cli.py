@@ -12,8 +12,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stderr
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -166,10 +166,24 @@ def _parse(
 # -- commands --------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Import what stays to the end: the garbage collector looks for nothing in it, now or later.
+
+    Else it goes through all of torch again and again, for an eighth of a start.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def _train(config: Config, given: frozenset[str]) -> int:
     pin_capability(config.train.cpu_capability, os.environ)
-    from trm_dist.worker import train
-
+    with _importing():
+        from trm_dist.worker import train
     train(config, given)
 
 
@@ -310,12 +324,11 @@ def _rendezvous(arguments: list[str]) -> int:
 def _zygote(arguments: list[str], defaults: Config) -> int:
     control, listener, pulse = map(int, arguments[:3])
     config, given = _parse_config("train", arguments[3:], defaults, is_speaker=True)
-    from trm_dist import worker
-    from trm_dist.launch import membership, zygote
-    from trm_dist.plan import preload_data
-
+    with _importing():  # so its pages stay shared, too
+        from trm_dist import worker
+        from trm_dist.launch import membership, zygote
+        from trm_dist.plan import preload_data
     preload_data(config)
-    gc.freeze()  # what is there stays there, and its pages stay shared
     this = [sys.executable, "-m", "trm_dist"]
     zygote.Zygote(
         socket.socket(fileno=control), socket.socket(fileno=listener), pulse,

@@ -1,12 +1,14 @@
+import gc
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from trm_dist import __version__
-from trm_dist.cli import given_settings, main
+from trm_dist.cli import _importing, given_settings, main
 from trm_dist.config import Config
 
 FLAGS = [
@@ -159,3 +161,17 @@ def test_cache_is_listed_and_cleared(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert list(Path(where).iterdir()) == []
     assert main(["cache", "--cache-dir", where]) == 0
     assert capsys.readouterr().out == f"0 in {where}\n"
+
+
+@pytest.mark.parametrize("error", [None, ImportError("torch")])
+def test_garbage_is_collected_again_after_an_import(error: ImportError | None) -> None:
+    try:
+        with pytest.raises(ImportError) if error else nullcontext(), _importing():
+            assert not gc.isenabled()
+            if error:
+                raise error
+
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
