@@ -42,9 +42,11 @@ def defer_compiler() -> None:
     sys.modules[_NAME] = vars(torch)["_dynamo"] = _StandIn(_NAME, answers)
 
 
-def _as_it_is(function: Callable[..., Any], *_: Any, **_options: Any) -> Callable[..., Any]:
-    """Return the function, which nobody compiles."""
-    return function
+def _as_it_is(
+    function: Callable[..., Any] | None = None, *_: Any, **_options: Any
+) -> Callable[..., Any]:
+    """Return the function, which nobody compiles; without one, what returns it."""
+    return function or _as_it_is
 
 
 def _load(name: str) -> ModuleType:
