@@ -1,6 +1,6 @@
 """How far a run has come: the counters in every snapshot, checkpoint, log line and metric."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Self
 
 
@@ -46,7 +46,7 @@ class Progress:
 
     def as_dict(self) -> dict[str, int]:
         """Return the five counters by name."""
-        return asdict(self)
+        return {name: getattr(self, name) for name in COUNTERS}  # asdict takes ten times as long
 
 
 COUNTERS = tuple(each.name for each in fields(Progress))

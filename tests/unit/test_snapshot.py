@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.fakes import make_state
+from trm_dist.checkpoint.manager import Snapshots
+from trm_dist.checkpoint.memory import private_slots
 from trm_dist.checkpoint.snapshot import Flat, unflatten
 from trm_dist.checkpoint.state import digest
 
@@ -274,6 +276,47 @@ def test_header_is_json() -> None:
     snapshot.capture({"weight": torch.ones(3), "lr": 0.1})
 
     assert json.loads(snapshot.header)["tensors"] == [["torch.float32", [3], 0]]
+
+
+# -- one after another -----------------------------------------------------------------------------
+
+ONE = {"a": torch.ones(2, 3), "b": torch.zeros(4), "c": 1}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"a": torch.full((2, 3), 2.0), "b": torch.full((4,), 3.0), "c": 2},
+        {"a": torch.full((3, 2), 2.0), "b": torch.full((4,), 3.0)},
+        {"a": torch.full((2, 3), 2).int(), "b": torch.full((4,), 3.0)},
+        {"a": torch.full((2, 3), 2.0)},
+        {"a": torch.full((2, 3), 2.0), "b": torch.zeros(4), "d": torch.full((1,), 3.0)},
+        {"x": [torch.full((2, 3), 2.0)], "y": (torch.full((4,), 3.0), None)},
+        {"b": torch.full((4,), 3.0), "a": torch.full((2, 3), 2.0)},
+        {},
+    ],
+    ids=["values", "shape", "type", "fewer", "more", "names", "order", "none"],
+)
+def test_snapshots_of_other_trees_follow_one_another(other: dict[str, Any]) -> None:
+    slots = private_slots(num_slots=2, header_bytes=4096, body_bytes=4096)
+    snapshots = Snapshots(slots)
+
+    for tree in (ONE, ONE, other, other, ONE, ONE):
+        snapshots.capture(tree)
+
+        newest = slots.newest()
+        assert newest is not None
+        # repr: with types, and with every value of a tensor.
+        assert repr(unflatten(newest.header, newest.body)) == repr(tree)
+
+
+def test_layout_is_used_again_for_tensors_that_are_alike() -> None:
+    first = Flat(make_state(1))
+
+    again = Flat(make_state(2), first.layout)
+
+    assert again.layout is first.layout
+    assert json.loads(again.header)["tensors"] == json.loads(first.header)["tensors"]
 
 
 # -- saving ----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from trm_dist.checkpoint.memory import Slots
 from trm_dist.checkpoint.names import FINAL, epoch_name
-from trm_dist.checkpoint.snapshot import Flat, Views
+from trm_dist.checkpoint.snapshot import Flat, Layout, Views
 from trm_dist.config import CheckpointConfig
 from trm_dist.errors import StoreError
 from trm_dist.events import CommitFailed, Committed, Emit
@@ -56,6 +56,7 @@ class Snapshots:
     def __init__(self, slots: Slots) -> None:
         self._slots = slots
         self._views: dict[int, Views] = {}
+        self._layout: Layout | None = None
         newest = slots.newest()
         self.newest: tuple[int, int] | None = None
         """Slot and sequence number of the newest capture of this process."""
@@ -78,7 +79,8 @@ class Snapshots:
             tree: The live state.
             busy: Slots that are being published; not all of them.
         """
-        flat = Flat(tree)
+        flat = Flat(tree, self._layout)
+        self._layout = flat.layout
         slot = self._free_slot(busy)
         body = self._slots.begin(slot)
         flat.copy_into(self._views.setdefault(slot, Views(body)))

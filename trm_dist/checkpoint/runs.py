@@ -16,7 +16,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
 from typing import Any, Self
 
@@ -93,10 +93,7 @@ class Run:
 
     def summary(self) -> dict[str, Any]:
         """Return what every checkpoint of the run says of it."""
-        values = asdict(self)
-        for name in ("writer", "starts_at", "failures", "preemptions", "was_preempted"):
-            del values[name]
-        return values
+        return {name: getattr(self, name) for name in _SUMMARY}
 
     def after(self, found: "Run | None") -> Self:
         """Return this run as the one that starts after another writer has recorded `found`."""
@@ -116,6 +113,10 @@ class Run:
         """Return this run as its writer starts anew, after so many batches."""
         started = replace(self, starts_at=starts_at).after(self)
         return replace(started, generation=self.generation, writer=self.writer)
+
+
+_OF_THE_WRITER = {"writer", "starts_at", "failures", "preemptions", "was_preempted"}
+_SUMMARY = tuple(each.name for each in fields(Run) if each.name not in _OF_THE_WRITER)
 
 
 def read_run(store: Store) -> Run | None:

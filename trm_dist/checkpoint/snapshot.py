@@ -8,7 +8,9 @@ memory, and reading one runs no code. Every save goes the same way: capture, the
 import json
 import logging
 import math
+from collections.abc import Callable
 from contextlib import suppress
+from json.encoder import encode_basestring_ascii
 from typing import Any
 
 import torch
@@ -21,7 +23,12 @@ logger = logging.getLogger(__name__)
 _ALIGNMENT = 64
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name[6:]) for name in STORAGES}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_PLAIN = frozenset({bool, int, float, str, type(None)})
+_KEYS = (str, int)
+_PLAIN: dict[type, Callable[[Any], str]] = {
+    str: encode_basestring_ascii, int: repr, float: json.dumps,
+    bool: ("false", "true").__getitem__, type(None): json.dumps,
+}  # fmt: skip
+"""Plain values and how JSON writes them: json.dumps takes ten times as long for one of them."""
 
 Place = tuple[str, list[int], int]
 """Type, shape and offset of a tensor in a buffer."""
@@ -43,48 +50,68 @@ class Views:
         return self._tensors
 
 
+class Layout:
+    """Where tensors lie in a buffer; used again for the next ones that are like them."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        """Find it out.
+
+        Raises:
+            TypeError: A snapshot does not hold tensors of such a type.
+        """
+        self._dtypes = [each.dtype for each in tensors]
+        self._shapes = [each.shape for each in tensors]
+        self.places: list[Place] = []
+        self.num_bytes = 0
+        for tensor in tensors:
+            if tensor.dtype not in _NAMES:
+                raise _refused(tensor)
+            self.places.append((_NAMES[tensor.dtype], list(tensor.shape), self.num_bytes))
+            self.num_bytes += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        self.as_json = json.dumps(self.places)
+
+    def is_of(self, tensors: list[Tensor]) -> bool:
+        """Tell whether these tensors have it."""
+        return [each.shape for each in tensors] == self._shapes and [
+            each.dtype for each in tensors
+        ] == self._dtypes
+
+
 class Flat:
     """A tree taken apart: its tensors still those of the live state, and the header."""
 
-    def __init__(self, tree: dict[str, Any]) -> None:
+    def __init__(self, tree: dict[str, Any], layout: Layout | None = None) -> None:
         """Take a tree apart; nothing is copied yet.
 
         Args:
             tree: Dicts, lists and tuples of tensors, numbers, strings, booleans and None.
+            layout: Of a tree before, which is probably that of this one.
 
         Raises:
             TypeError: It holds something else.
         """
         self._tensors: list[Tensor] = []
-        skeleton = _take_out(tree, self._tensors)
-        self._places: list[Place] = []
-        self.num_bytes = 0
-        for tensor in self._tensors:
-            self._places.append((_NAMES[tensor.dtype], list(tensor.shape), self.num_bytes))
-            num_bytes = tensor.nbytes
-            self.num_bytes += -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
-        self.header = json.dumps({"tree": skeleton, "tensors": self._places}).encode()
+        skeleton = _as_json(tree, self._tensors)
+        if layout is None or not layout.is_of(self._tensors):
+            layout = Layout(self._tensors)
+        self.layout = layout
+        self.num_bytes = layout.num_bytes
+        self.header = f'{{"tree": {skeleton}, "tensors": {layout.as_json}}}'.encode()
 
     def copy_to(self, buffer: memoryview) -> None:
         """Copy all tensors into a buffer of at least `num_bytes`; the state may change then."""
         self.copy_into(Views(buffer))
 
+    @torch.no_grad()
     def copy_into(self, views: Views) -> None:
         """Copy all tensors into a buffer that was perhaps copied into before; see `copy_to`."""
-        targets = views.at(self._places)
-        near: tuple[list[Tensor], list[Tensor]] = ([], [])
-        has_far = False
-        for target, tensor in zip(targets, self._tensors, strict=True):
-            if tensor.is_cuda:
-                target.copy_(tensor.detach(), non_blocking=True)
-                has_far = True
-            else:
-                near[0].append(target)
-                near[1].append(tensor.detach())
-        if near[0]:
-            torch._foreach_copy_(*near)
-        if has_far:
+        targets = views.at(self.layout.places)
+        if any(each.is_cuda for each in self._tensors):
+            for target, tensor in zip(targets, self._tensors, strict=True):
+                target.copy_(tensor, non_blocking=True)
             torch.cuda.current_stream().synchronize()
+        elif targets:
+            torch._foreach_copy_(targets, self._tensors)
 
 
 def pin(buffer: memoryview) -> None:
@@ -118,25 +145,30 @@ def _view(buffer: memoryview, dtype: str, shape: list[int], offset: int) -> Tens
     return flat.view(shape)
 
 
-def _take_out(value: Any, tensors: list[Tensor]) -> Any:
-    """Replace tensors by their number, and say the kind of every container."""
-    if type(value) in _PLAIN:
-        return value
-    if isinstance(value, Tensor) and value.dtype in _NAMES:
+def _as_json(value: Any, tensors: list[Tensor]) -> str:
+    """Write a tree as JSON: a number for each tensor, and the kind of every container."""
+    if plain := _PLAIN.get(type(value)):
+        return plain(value)
+    if isinstance(value, Tensor):
         tensors.append(value)
-        return {KIND: "tensor", "at": len(tensors) - 1}
-    if isinstance(value, dict) and all(isinstance(key, str | int) for key in value):
+        return f'{{"{KIND}": "tensor", "at": {len(tensors) - 1}}}'
+    if isinstance(value, dict) and all(isinstance(key, _KEYS) for key in value):
         items = [
-            [key, each if type(each) in _PLAIN else _take_out(each, tensors)]
-            for key, each in value.items()
+            f"[{_as_json(key, tensors)}, {_as_json(each, tensors)}]" for key, each in value.items()
         ]
-        return {KIND: "dict", "items": items}
+        return f'{{"{KIND}": "dict", "items": [{", ".join(items)}]}}'
     if isinstance(value, list | tuple):
-        items = [_take_out(each, tensors) for each in value]
-        return {KIND: "tuple" if isinstance(value, tuple) else "list", "items": items}
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        items = [_as_json(each, tensors) for each in value]
+        return f'{{"{KIND}": "{kind}", "items": [{", ".join(items)}]}}'
     if isinstance(value, int | float | str):  # of a type of its own
-        return value
-    raise TypeError(f"a snapshot holds tensors and plain values, not {type(value).__name__}")
+        return json.dumps(value)
+    raise _refused(value)
+
+
+def _refused(value: object) -> TypeError:
+    what = value.dtype if isinstance(value, Tensor) else type(value).__name__
+    return TypeError(f"a snapshot holds tensors and plain values, not {what}")
 
 
 def _put_back(value: Any, tensors: list[Tensor]) -> Any:
