@@ -60,7 +60,7 @@ EVERY = 20
 
 PLANS = {
     "full": Plan((1, 10, 112, 1024), repetitions=9, width=1024, blocks=6, steps=40),
-    "quick": Plan((1, 112), repetitions=5, width=1024, blocks=2, steps=40),
+    "quick": Plan((1, 112), repetitions=9, width=1024, blocks=4, steps=40),
     "tiny": Plan((1,), repetitions=2, width=64, blocks=2, steps=20),
 }
 
@@ -78,11 +78,12 @@ class Ours:
     def __init__(self, directory: str, state: dict[str, Any]) -> None:
         self._state = state
         self._count = 0
+        self._run = Run.fresh("bench")
         flat = Flat(self._tree())
         size = {"header_bytes": len(flat.header) + 4096, "body_bytes": flat.num_bytes}
         self._slots = take_slots("/dev/shm", directory, num_slots=3, **size)
         client = PersisterClient(directory, directory, os.getpid())
-        client.open(Run.fresh("bench"), deadline_s=60.0, keep_last=2, keep_every=0)
+        self._run = client.open(self._run, deadline_s=60.0, keep_last=2, keep_every=0)
         client.attach(self._slots, Journal.create(time.time()))
         # A name of its own each time, so that every save is a whole file and a link to it.
         config = CheckpointConfig(checkpoint_interval=1)
@@ -104,7 +105,7 @@ class Ours:
 
     def _tree(self) -> dict[str, Any]:
         progress = Progress(batch_idx=self._count + 1, batch_count=self._count + 1)
-        run = Run.fresh("bench").summary()
+        run = self._run.summary()
         return self._state | progress.as_dict() | {"run": run, "format_version": 1}
 
 
@@ -269,12 +270,15 @@ def throughput(plan: Plan, path: str, *, with_peers: bool) -> None:
 
 
 def _run(loop: Loop, group: Group, way: Way, steps: int) -> float:
-    """Return how long some steps take with saves in between; the last may still be written."""
+    """Return how long some steps take with saves in between.
+
+    Each save has half an interval at least to be written in, as it has where training goes on.
+    """
     group.barrier()
     started = time.perf_counter()
     for each in range(1, steps + 1):
         loop.step()
-        if each % EVERY == 0:
+        if each % EVERY == EVERY // 2:
             way.save()
     group.barrier()
     seconds = time.perf_counter() - started
