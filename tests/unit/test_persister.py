@@ -618,6 +618,62 @@ def test_goodbye_keeps_the_journal(node: Node) -> None:
     assert kept(node) == [b"the end"]
 
 
+def kinds_until_committed(node: Node) -> list[str]:
+    """Publish, and return what is told until that is committed."""
+    node.publish(1)
+    kinds: list[str] = []
+
+    def is_committed() -> bool:
+        kinds.extend(each["is"] for each in node.client.events(0.1))
+        return "committed" in kinds
+
+    eventually(is_committed)
+    return kinds
+
+
+def test_next_trainer_does_not_hear_of_the_journal_of_the_one_before(
+    node: Node, make_node: Callable[..., Node]
+) -> None:
+    write(node, b"first")
+    following = make_node()
+    with slow(node):
+        node.client._disconnect()  # as a kill does
+        following.open(node.run)
+        following.attach()
+
+    messages = []
+    while (message := following.client._receive(1.0)) is not None:
+        messages.append(message)
+    assert messages == []
+    assert kept(node) == [b"first"]
+    assert kinds_until_committed(following) == ["committed"]
+
+
+def test_journal_that_was_kept_late_is_no_event(node: Node) -> None:
+    write(node, b"late")
+    with slow(node):
+        node.client.keep_journal(0.2)
+
+    eventually(lambda: kept(node) == [b"late"])
+    assert kinds_until_committed(node) == ["committed"]
+
+
+def test_trainer_that_asks_while_a_journal_is_being_kept_hears_of_its_own(
+    node: Node, make_node: Callable[..., Node]
+) -> None:
+    write(node, b"first")
+    following = make_node()
+    with slow(node):
+        node.client._disconnect()
+        following.open(node.run)
+        following.attach()
+        write(following, b"second")
+        following.client.keep_journal(0.2)
+
+    eventually(lambda: following.client._receive(0.1) == {"is": "kept"})
+    assert kept(node) == [b"first", b"second"]
+
+
 def test_journal_of_a_killed_trainer_is_kept_beside_that_of_the_next(node: Node) -> None:
     write(node, b"first")
     node.client._disconnect()  # as the kernel does for a process that is killed

@@ -129,7 +129,8 @@ class PersisterClient:
             if self._socket is None:
                 raise ConnectionError("it could not be started")
             while message := self._receive(0.0 if found else wait_s):
-                found.append(message)
+                if message["is"] != "kept":  # which nobody waits for any more
+                    found.append(message)
         except ConnectionError:
             found += self._mend()
         for each in found:

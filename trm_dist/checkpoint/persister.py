@@ -84,6 +84,9 @@ class Persister:
         self._journals: list[Journal] = []
         """Of this trainer, the last; and of those before it that are not kept yet."""
         self._is_keeping = False
+        self._num_keeps = 0
+        self._awaits_keep = False
+        """Whether the client has asked for the copy of its journal, and must hear of it."""
         self._jobs: list[Job] = []
         self._running: Job | None = None
         self._wake = asyncio.Event()
@@ -149,6 +152,7 @@ class Persister:
                 self._jobs.append(Job(self._writer, self._slots, **content))
                 self._wake.set()
             case "keep":
+                self._awaits_keep = True
                 self._keep_soon()
             case "bye":
                 self._hang_up()
@@ -226,6 +230,7 @@ class Persister:
             asyncio.get_running_loop().remove_reader(self._client)
             self._client.close()
             self._client = None
+            self._awaits_keep = False
 
     # -- whom we wait for --------------------------------------------------------------------------
 
@@ -334,16 +339,24 @@ class Persister:
         """Keep the journals when no checkpoint waits."""
         if self._writer is not None and self._journals:
             self._is_keeping = True
+            self._num_keeps += 1
             self._wake.set()
         else:
-            self._tell({"is": "kept"})
+            self._tell_kept()
 
     async def _keep_now(self) -> None:
+        num_keeps = self._num_keeps
         if self._writer is not None:
             await self._keep_journals(self._writer.store)
-        self._is_keeping = False
-        self._tell({"is": "kept"})
-        self._end_if_done()
+        if num_keeps == self._num_keeps:  # else somebody has asked meanwhile, for what is there now
+            self._is_keeping = False
+            self._tell_kept()
+            self._end_if_done()
+
+    def _tell_kept(self) -> None:
+        if self._awaits_keep:
+            self._awaits_keep = False
+            self._tell({"is": "kept"})
 
     async def _keep_journals(self, store: Store) -> None:
         """Bring the copies up to date; those that a store refuses wait for the next time."""
