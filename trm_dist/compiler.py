@@ -1,15 +1,17 @@
 """torch's compiler, which nothing here uses, stays out until somebody asks for it.
 
 Importing it takes as long as importing torch itself. Optimizers and DDP do so at their first use,
-only to ask it to leave them alone. So a stand-in answers them; whoever asks it for anything else
-gets the real one, which is imported then and stays.
+only to ask it to leave them alone. So a stand-in answers them; whoever asks it for anything else,
+or imports a part of it, gets the real one, which is imported then and stays.
 
 Sources: torch/_compile.py, torch/optim/optimizer.py, torch/nn/parallel/distributed.py.
 """
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -23,14 +25,31 @@ class _StandIn(ModuleType):
 
     def __init__(self, name: str, answers: dict[str, Any]) -> None:
         super().__init__(name)
-        vars(self).update(answers)
+        vars(self).update(answers, __path__=[])
 
     def __getattr__(self, name: str) -> Any:
-        # Whoever goes through all modules, as `inspect` does, asks for `__file__` and means none of
-        # this; whoever imports a part of the real one asks for `__path__`.
-        if name.startswith("__") and name != "__path__":
+        # `inspect` asks all modules for `__file__` and the like, and means none of this.
+        if name.startswith("__"):
             raise AttributeError(name)
         return getattr(_load(self.__name__), name)
+
+
+class _Parts(MetaPathFinder, Loader):
+    """Finds the parts of the real compiler while the stand-in is there."""
+
+    def find_spec(
+        self, name: str, _path: Sequence[str] | None, _target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        is_asked = name.startswith(f"{_NAME}.") and isinstance(sys.modules.get(_NAME), _StandIn)
+        return ModuleSpec(name, self) if is_asked else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = _load(spec.name)
+        self._spec = module.__spec__  # the one of here takes its place meanwhile
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module)["__spec__"] = self._spec
 
 
 def defer_compiler() -> None:
@@ -40,6 +59,7 @@ def defer_compiler() -> None:
     utils = _StandIn(f"{_NAME}.utils", {"get_optimize_ddp_mode": lambda: "ddp_optimizer"})
     answers = {"disable": _as_it_is, "graph_break": lambda: None, "utils": utils}
     sys.modules[_NAME] = vars(torch)["_dynamo"] = _StandIn(_NAME, answers)
+    sys.meta_path.insert(0, _Parts())
 
 
 def _as_it_is(

@@ -58,9 +58,11 @@ def test_who_asks_for_more_gets_the_real_compiler() -> None:
 
 def test_who_imports_a_part_of_the_compiler_gets_the_real_one() -> None:
     run("""
-        from torch._dynamo.utils import get_optimize_ddp_mode
-        assert get_optimize_ddp_mode() == torch._dynamo.utils.get_optimize_ddp_mode()
-        assert is_there()
+        import torch._dynamo.config as config
+        from torch._dynamo import eval_frame
+        assert eval_frame.config is config is sys.modules["torch._dynamo.config"]
+        assert config.__spec__.origin == config.__file__
+        assert torch._dynamo.utils.get_optimize_ddp_mode() == "ddp_optimizer"
     """)
 
 
