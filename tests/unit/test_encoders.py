@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trm_dist.data.encoders import EncodedLines, answers, encode_lines, worthwhile
+from trm_dist.data.encoders import EncodedLines, _num_cores, answers, encode_lines, worthwhile
 from trm_dist.data.parse import as_record, parse_lines
 from trm_dist.data.records import RecordFile
 from trm_dist.errors import DataError
@@ -159,14 +159,11 @@ def test_helpers_end_with_the_process_that_asked() -> None:
 
 
 def test_helpers_do_not_hear_ctrl_c() -> None:
-    def disturbed() -> Iterator[bytes]:
-        for number, block in enumerate(blocks()):
-            if number == 20:  # by then they have said something, and so have begun
-                for pid in helpers():
-                    os.kill(pid, signal.SIGINT)
-            yield block
+    found = answers(blocks(), L, 2)
+    next(found)
 
-    assert all(answer for _, answer in answers(disturbed(), L, 2))
+    assert [os.getsid(pid) for pid in helpers()] == helpers()
+    found.close()
 
 
 @pytest.fixture
@@ -201,6 +198,17 @@ def test_file_of_many_blocks_is_the_same_with_helpers_and_without(
 
 
 @pytest.mark.parametrize("num_helpers", [0, 2])
+def test_short_lines_become_no_larger_parts_than_long_ones(
+    write: Callable[[list[bytes]], str], num_helpers: int
+) -> None:
+    url = write([GOOD, b"", *[GOOD] * 99, b""])
+
+    parts = list(RecordFile(url).encoded(1 << 16, num_helpers))
+
+    assert [len(each.is_cut) for each in parts] == [15, *[16] * 5, 5]
+
+
+@pytest.mark.parametrize("num_helpers", [0, 2])
 @pytest.mark.parametrize(
     ("broken", "told"),
     [
@@ -224,4 +232,17 @@ def test_only_large_files_are_worth_helpers() -> None:
     cores = len(os.sched_getaffinity(0))
 
     assert worthwhile(None) == worthwhile(1000) == 0
-    assert worthwhile(1 << 30) == (min(cores, 8) if cores > 1 else 0)
+    assert worthwhile(1 << 30) <= min(cores, 8)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("max 100000", None), ("100000 100000", 1), ("50000 100000", 1), ("999999999 100000", None)],
+)
+def test_no_more_cores_are_used_than_a_container_may(
+    tmp_path: Path, limit: str, expected: int | None
+) -> None:
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+
+    assert _num_cores(str(tmp_path / "cpu.max")) == (expected or len(os.sched_getaffinity(0)))
+    assert _num_cores(str(tmp_path / "none")) == len(os.sched_getaffinity(0))

@@ -8,7 +8,6 @@ it as if there were no helpers. So there is one place that tells errors, and not
 
 import gc
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -67,8 +66,17 @@ def encode_lines(
 
 def worthwhile(num_bytes: int | None) -> int:
     """Return how many helpers a file of this size deserves on this machine."""
-    cores = len(os.sched_getaffinity(0))
+    cores = _num_cores()
     return min(cores, MOST) if cores > 1 and (num_bytes or 0) >= WORTH_BYTES else 0
+
+
+def _num_cores(limit: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """Return how many cores are there for this process; a container's limit may be lower."""
+    cores = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError), open(limit, encoding="utf-8") as file:
+        quota, period = map(int, file.read().split())  # "max" where there is none
+        return max(1, min(cores, quota // period))
+    return cores
 
 
 def answers(
@@ -95,7 +103,7 @@ def answers(
         waiting: deque[tuple[bytes, Future[EncodedLines | None]]] = deque()
         for block in blocks:
             waiting.append((block, pool.submit(helpers.ask, block)))
-            if len(waiting) > 2 * num_helpers:  # the next one of each is under way
+            if len(waiting) > num_helpers + 1:  # each has one, and the next is at hand
                 yield _result(*waiting.popleft())
         while waiting:
             yield _result(*waiting.popleft())
@@ -167,6 +175,7 @@ class _Helper:
         return subprocess.Popen(  # noqa: S603 our own module
             [sys.executable, "-m", "trm_dist.data.encoders", str(self._seq_len)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+            start_new_session=True,  # Ctrl+C ends who asks, and so the pipe
         )  # fmt: skip
 
     def _arrays(self, source: IO[bytes], num_rows: int) -> Encoded:
@@ -188,7 +197,6 @@ def _take(source: IO[bytes], num_bytes: int) -> bytes:
 
 def main() -> None:
     """Encode blocks until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C ends who asks, and so the pipe
     gc.disable()  # nothing here refers to itself
     seq_len = int(sys.argv[1])
     source, sink = sys.stdin.buffer, sys.stdout.buffer

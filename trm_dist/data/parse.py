@@ -19,6 +19,7 @@ _SPELLINGS = (
 
 
 _TEXT = {str}
+"""Types of a record's values."""
 
 
 class Record(NamedTuple):

@@ -16,10 +16,10 @@ from trm_dist.data.json_stream import BrokenJsonError, NoListError, elements
 from trm_dist.data.parse import as_record, not_json, not_text
 from trm_dist.errors import DataError
 
-_PART = 4096
-"""Records of a list that are encoded at a time."""
 _BLOCK_BYTES = 1 << 20
-"""Of lines that are parsed and encoded at a time."""
+"""Of lines that are parsed at a time."""
+_PART = 1 << 20
+"""Positions that are encoded at a time; a short record has as many as a long one."""
 
 Item = TypeVar("Item")
 
@@ -73,7 +73,8 @@ class RecordFile:
 
     def _of_lines(self, seq_len: int, num_helpers: int) -> Iterator[Encoded]:
         num_lines = 0
-        with closing(answers(self._blocks(), seq_len, num_helpers)) as blocks:
+        parts = (part for block in self._blocks() for part in _cut(block, _most(seq_len)))
+        with closing(answers(parts, seq_len, num_helpers)) as blocks:
             for block, answer in blocks:
                 found = answer or encode_lines(
                     self._url, block, seq_len, first_line=num_lines, first_record=self._num_records
@@ -83,7 +84,7 @@ class RecordFile:
 
     def _of_list(self, seq_len: int) -> Iterator[Encoded]:
         elements = enumerate(self._elements())
-        for part in batched(elements, _PART):
+        for part in batched(elements, _most(seq_len)):
             records = [as_record(self._url, number, item) for number, item in part]
             teaching = [each for each in records if each.completion]
             yield self._counted(encode(teaching, seq_len), len(records))
@@ -154,6 +155,20 @@ def opened(url: str) -> Iterator[Any]:
     """
     with ExitStack() as stack:
         yield _reading(url, lambda: stack.enter_context(_fsspec().open(url, "rb")))
+
+
+def _most(seq_len: int) -> int:
+    """Return how many records are encoded at a time."""
+    return max(1, _PART // seq_len)
+
+
+def _cut(lines: bytes, most: int) -> Iterator[bytes]:
+    """Yield lines, so many at a time at most."""
+    if lines.count(b"\n") <= most:
+        yield lines
+        return
+    for part in batched(lines.removesuffix(b"\n").split(b"\n"), most):
+        yield b"\n".join([*part, b""])
 
 
 def _fsspec() -> Any:
