@@ -185,14 +185,15 @@ class Requests:
 def _make_client() -> Any:
     """Make a client from the environment and ~/.aws, like any AWS tool.
 
-    Bodies are signed whole or carry an MD5, which every server knows; more checksums would change
-    nothing but speed and the number of servers that understand us. What is read carries a seal of
-    its own.
+    Bodies are signed whole, and those of single uploads carry an MD5, which every server knows;
+    more checksums would change nothing but speed and the number of servers that understand us. What
+    is read carries a seal of its own.
     """
     config = botocore.config.Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
         retries={"total_max_attempts": 1},  # `receive` tries again, with the body in view
+        s3={"payload_signing_enabled": True},  # some buckets ask for it, beside an MD5 as well
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
