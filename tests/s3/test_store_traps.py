@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from base64 import b64encode
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import md5, sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -163,6 +166,30 @@ def test_interrupted_single_upload_is_not_published_later(
         disturbed.put("a.pt", [bytes(50 * MIB)])  # more than fits into the sockets
 
     assert content(store) == {"a.pt": b"old"}
+
+
+class SeenError(Exception):
+    """A request was looked at, and is not sent."""
+
+
+def test_body_is_signed_over_https_and_carries_its_md5(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "https://127.0.0.1:1")
+    store = S3Store(url)
+    seen: dict[str, bytes] = {}
+
+    def look(request: Any, **_: object) -> None:
+        seen.update(request.headers.items())
+        raise SeenError
+
+    store._requests._client.meta.events.register("before-send.s3.PutObject", look)
+
+    with pytest.raises(SeenError):
+        store.put("a.pt", [b"new"])
+
+    assert seen["X-Amz-Content-SHA256"] == sha256(b"new").hexdigest().encode()
+    assert seen["Content-MD5"] == b64encode(md5(b"new", usedforsecurity=False).digest())
 
 
 def test_killed_writer_leaves_the_old_content_and_an_upload(
