@@ -60,7 +60,7 @@ EVERY = 20
 
 PLANS = {
     "full": Plan((1, 10, 112, 1024), repetitions=9, width=1024, blocks=6, steps=40),
-    "quick": Plan((1, 112), repetitions=9, width=1024, blocks=4, steps=40),
+    "quick": Plan((1, 112), repetitions=9, width=1024, blocks=2, steps=40),
     "tiny": Plan((1,), repetitions=2, width=64, blocks=2, steps=20),
 }
 
