@@ -151,40 +151,6 @@ def slow(node: Node) -> Iterator[None]:
 # -- one trainer -----------------------------------------------------------------------------------
 
 
-def session_of(pid: int) -> str:
-    """How Linux weighs the session of a process; empty where it groups none."""
-    path = Path(f"/proc/{pid}/autogroup")
-    return path.read_text().strip() if path.exists() else ""
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="of others, one in 100 ms may change that")
-def test_session_of_the_persister_counts_less_than_that_of_training(
-    make_node: Callable[..., Node],
-) -> None:
-    if not session_of(os.getpid()):
-        pytest.skip("sessions are not grouped here")
-    node, before = make_node(), session_of(os.getpid())
-
-    node.open()
-
-    (pid,) = persisters(node)
-    assert session_of(pid).endswith(" nice 10")
-    assert session_of(os.getpid()) == before
-
-
-def test_persister_without_a_session_of_its_own_leaves_that_of_others_alone() -> None:
-    before = session_of(os.getpid())
-    command = [sys.executable, "-m", "trm_dist.checkpoint.persister", f"test-{os.getpid()}"]
-
-    with subprocess.Popen(command, cwd=ROOT) as process:
-        eventually(lambda: os.getpriority(os.PRIO_PROCESS, process.pid) >= 10)
-        time.sleep(0.2)
-        found = session_of(os.getpid())
-        process.kill()
-
-    assert found == before
-
-
 def test_snapshot_is_committed_under_its_names_and_told(node: Node) -> None:
     node.publish(7, epoch_name(1, 7))
 

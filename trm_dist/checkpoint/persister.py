@@ -388,15 +388,6 @@ def _as_recorded(store: Store, run: Run) -> Run | None:
     return replace(run, was_preempted=found.was_preempted)
 
 
-def _let_training_come_first() -> None:
-    os.nice(_NICENESS)
-    # Where Linux groups processes by session (sched(7), autogroup), it weighs sessions first: that
-    # of this process alone would get as much as that of a worker, however nice it is inside.
-    if os.getsid(0) == os.getpid():
-        with suppress(OSError), open("/proc/self/autogroup", "w") as file:
-            file.write(str(_NICENESS))
-
-
 def main(address: str) -> NoReturn:
     """Serve at an abstract address; one that is taken has another persister, which is enough."""
     # Whoever ends a whole session or job means the trainers; this process ends when it is done.
@@ -408,7 +399,7 @@ def main(address: str) -> NoReturn:
     except OSError as error:
         os._exit(error.errno != errno.EADDRINUSE)
     listener.listen()
-    _let_training_come_first()
+    os.nice(_NICENESS)
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
     code = 0
