@@ -255,5 +255,7 @@ def truncated_normal(shape: tuple[int, ...], std: float, generator: torch.Genera
     inside = math.erf(2 / math.sqrt(2))
     scale = std / math.sqrt(1 - 4 * density / inside)
     drawn = torch.empty(shape)
+    if drawn.is_meta:  # there is nothing to draw, and older torch imports its compiler for it
+        return drawn
     nn.init.trunc_normal_(drawn, std=scale, a=-2 * scale, b=2 * scale, generator=generator)
     return drawn
