@@ -328,6 +328,11 @@ def _zygote(arguments: list[str], defaults: Config) -> int:
         from trm_dist import worker
         from trm_dist.launch import membership, zygote
         from trm_dist.plan import preload_data
+
+        if config.train.compile:
+            from trm_dist.model.kernels import load_compiler
+
+            load_compiler()
     preload_data(config)
     this = [sys.executable, "-m", "trm_dist"]
     zygote.Zygote(

@@ -118,6 +118,9 @@ class TrainConfig:
     """Optimizer; adam-atan2 is that of TRM's public code."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the activations; weights, norms, losses and sums are fp32 either way."""
+    compile: bool = False
+    """Let torch's compiler write the network's kernels: faster, above all on a GPU, and a start
+    takes longer. Needs a C compiler."""
     on_nan: Literal["stop", "skip"] = "stop"
     """When a loss or gradient is not finite: stop with the samples' numbers, or leave the batch."""
     eval_interval: int = 0

@@ -21,7 +21,7 @@ from trm_dist.checkpoint.store import Store, open_store, split_url
 from trm_dist.config import Config, DataConfig, Settings, check_sizes, derived_sizes, resolve
 from trm_dist.data.cache import Cache, default_directory
 from trm_dist.data.dataset import Dataset, open_dataset, preload
-from trm_dist.elastic.device import device_name
+from trm_dist.elastic.device import check_compiler, device_name
 from trm_dist.errors import ConfigError, DataError, ResumeError
 from trm_dist.model.optim import VARIANTS
 from trm_dist.model.trm import Shape, Trm, num_parameters
@@ -248,6 +248,8 @@ def _with_data(settings: Settings, start: Start) -> Plan:
     settings = settings.with_derived(**derived_sizes(settings.config, seq_len=dataset.seq_len))
     config = settings.config
     check_sizes(config.model)
+    if config.train.compile:
+        check_compiler(config.train.device, config.train.cpu_capability)
     if dataset.num_samples < data.batch_size:
         raise DataError(
             f"--batch-size {data.batch_size} is larger than the data: {data.dataset} has "

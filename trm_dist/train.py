@@ -42,6 +42,7 @@ from trm_dist.events import Emit
 from trm_dist.feed import Feed, GlobalBatch
 from trm_dist.model.ema import Ema
 from trm_dist.model.graphs import record
+from trm_dist.model.kernels import compile_network
 from trm_dist.model.optim import Optimizer
 from trm_dist.model.puzzles import PuzzleOptimizer
 from trm_dist.model.supervision import SCORES, Supervision
@@ -129,6 +130,8 @@ class Trainer:
         self._evaluated_at = -1
         if plan.start.state is not None:
             self._restore(plan.start.state)
+        if config.train.compile:
+            compile_network(module)
         if device.type == "cuda":
             record(module, self._feed.rows_per_shard)
         self._reduction = ShardReduction(

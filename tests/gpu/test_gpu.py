@@ -22,12 +22,15 @@ RUNS = {
     "attn": {"--net": "attn", "--heads": "2"},
     "bf16": {"--precision": "bf16"},
     "bf16-attn": {"--net": "attn", "--heads": "2", "--precision": "bf16"},
+    "compiled": {"--compile": ""},
+    "compiled bf16-attn": {"--compile": "", "--net": "attn", "--heads": "2", "--precision": "bf16"},
     "softmax, adam-atan2": {"--loss": "softmax", "--optim": "adam-atan2", "--clip": "0"},
 }
 
 
 def alone(directory: Path, flags: dict[str, str], base: dict[str, str] = SMALL) -> Undisturbed:
-    with training(directory, flags=flags, base=base) as run:
+    kernels = {"TORCHINDUCTOR_CACHE_DIR": str(directory.with_name("kernels"))}  # compiled anew
+    with training(directory, flags=flags, base=base, variables=kernels) as run:
         assert run.end() == 0, run.messages()
         return Undisturbed(run.losses(), run.digest())
 
@@ -103,6 +106,8 @@ def test_the_first_losses_are_those_of_a_processor(tmp_path: Path) -> None:
     assert ours.digest != theirs.digest
 
 
+# The first product of autograd's own thread warns.
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 def test_a_recorded_step_has_the_bits_of_the_eager_one() -> None:
     pin_numerics(1)
     found = []

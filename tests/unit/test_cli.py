@@ -21,6 +21,7 @@ FLAGS = [
     "checkpoint_dir",
     "checkpoint_interval",
     "clip",
+    "compile",
     "cpu_capability",
     "dataset",
     "depth",

@@ -82,3 +82,13 @@ def test_compiler_that_is_there_stays() -> None:
         defer_compiler()
         assert torch._dynamo is sys.modules["torch._dynamo"] is real
     """)
+
+
+def test_a_network_is_compiled_by_the_real_one() -> None:
+    run("""
+        from tests.unit.test_kernels import make, results
+        assert not is_there()
+        results(make("mlp", is_compiled=True))
+        assert is_there()
+        adam.zero_grad()
+    """)

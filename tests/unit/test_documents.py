@@ -25,7 +25,7 @@ TROUBLESHOOTING = ROOT / "launch/troubleshooting.md"
 _OF_OTHERS = {
     *("--nproc_per_node", "--nproc-per-node", "--max-restarts", "--rdzv-id"),  # torchrun
     *("--gigabytes", "--kind", "--rounds", "--without-peers"),  # tests.benchmarks.large_text
-    *("--help", "--data", "--learning-rate", "--clear"),
+    *("--help", "--data", "--learning-rate", "--clear", "--no-compile"),
 }
 """Flags of torchrun and of measurements, and other spellings."""
 

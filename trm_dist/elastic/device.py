@@ -1,7 +1,10 @@
 """What computes: the processor, or one GPU for each worker of a node."""
 
 import os
+import shutil
 import socket
+import sysconfig
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -40,6 +43,45 @@ def take_device(wanted: Kind, backend: Backend, local_rank: int) -> torch.device
     device = torch.device("cuda", local_rank % count)
     torch.cuda.set_device(device)
     return device
+
+
+def check_compiler(wanted: Kind, cpu_capability: str) -> None:
+    """Check that torch's compiler can write kernels here.
+
+    Args:
+        wanted: What computes.
+        cpu_capability: The level of processor instructions that every node shall use.
+
+    Raises:
+        ConfigError: Something is missing, or a level is asked for.
+    """
+    is_cpu = _kind(wanted) == "cpu"
+    if is_cpu and cpu_capability != "auto":
+        raise ConfigError(
+            f"--compile writes kernels for the processor that is here, and --cpu-capability "
+            f"{cpu_capability} asks for one kind of them on every node. Leave out one of the two."
+        )
+    missing = [what for what, is_there in _needs_of_compiler(is_cpu).items() if not is_there]
+    if missing:
+        raise ConfigError(
+            f"--compile needs {' and '.join(missing)}, which is not here. Install that, or leave "
+            "the flag out (--no-compile goes on without it)."
+        )
+
+
+def _needs_of_compiler(is_cpu: bool) -> dict[str, bool]:
+    """Return what compiling takes, as inductor and triton look for it, and whether it is here."""
+    # Debian's own Python names a place for packages of the machine, where no header lies.
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    header = os.path.join(sysconfig.get_path("include", scheme), "Python.h")
+    needs = {f"Python's header {header}": os.path.exists(header)}
+    if is_cpu:
+        return needs | {"a C++ compiler": bool(shutil.which(os.environ.get("CXX", "g++")))}
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return needs | {
+        "a C compiler": any(map(shutil.which, compilers)),
+        "the package triton": find_spec("triton") is not None,
+    }
 
 
 def device_name(wanted: Kind) -> str:

@@ -8,6 +8,7 @@ numbers, hence the same bits.
 Evaluation has the module in eval mode, where it runs as before.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -32,7 +33,11 @@ def record(module: Trm, num_rows: int) -> None:
     vectors = module.vectors_of(None, num_rows)
     if vectors is not None:
         sample.append(vectors)
-    torch.cuda.make_graphed_callables(module, tuple(sample))
+    with warnings.catch_warnings():
+        # Autograd's own thread warns at its first product, and the compiler of TF32, which nobody
+        # wants here, and of what it looks at itself.
+        warnings.simplefilter("ignore")
+        torch.cuda.make_graphed_callables(module, tuple(sample))
     # It is recorded on a stream of its own, which autograd then waits for, as it should; newer
     # versions of torch tell so.
     quieten = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)

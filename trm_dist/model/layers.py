@@ -29,6 +29,9 @@ def add_and_norm(x: Tensor, change: Tensor, axis: int) -> Tensor:
         change: What is added, [B, S, D].
         axis: Of the mean, 1 or 2.
     """
+    if torch.compiler.is_compiling():  # one kernel comes of it
+        exact = widened(x) + widened(change)
+        return (exact * _inverse_rms(exact, axis)).to(x.dtype)
     is_recording = torch.is_grad_enabled()
     x = x + change if is_recording else x.add_(change)
     if x.is_cuda:  # one kernel there, which wants its axis last
@@ -126,7 +129,7 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x to its own shape."""
         gate_up = self.gate_up(x)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self.down(_Gated.apply(gate_up, self._axis))  # type: ignore[no-any-return, no-untyped-call]
         gate, up = gate_up.chunk(2, self._axis)
         return self.down(F.silu(gate).mul_(up))  # type: ignore[no-any-return]
@@ -220,6 +223,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos: Of the angles, [S, D/H], its two halves alike.
         sin: The same.
     """
+    if torch.compiler.is_compiling():
+        exact = widened(x)
+        first, second = exact.chunk(2, dim=-1)
+        return (exact * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
     return _Rotation.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
 
 
