@@ -86,6 +86,7 @@ bench-checkpoints: .venv-bench/.ready
 bench-step: .venv-bench/.ready
 	.venv-bench/bin/python -m tests.benchmarks.step
 	.venv-bench/bin/torchrun --nproc_per_node=2 -m tests.benchmarks.step
+	.venv-bench/bin/python -m tests.benchmarks.step --size quick --compiled
 
 # A step and a snapshot on a GPU, beside the same (2 minutes).
 bench-gpu: .venv-bench/.ready

@@ -24,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +101,7 @@ TUTORIAL, LIGHTNING = "torchrun tutorial", "Lightning, torchrun"
 def ways() -> dict[str, Way]:
     """Return the ways that can be had here, by their names."""
     found = [
-        Way(LAUNCHED, lambda where, every: [*LAUNCH, *_flags(where, every)]),
+        Way(LAUNCHED, launched),
         Way(TORCHRUN, lambda where, every: _torchrun("trm_dist", "train", *_flags(where, every))),
         Way(TUTORIAL, lambda where, every: _torchrun(
             "tests.benchmarks.tutorial", f"{where}/snapshot.pt", STEP_S, str(every))),
@@ -113,6 +113,11 @@ def ways() -> dict[str, Way]:
     else:
         print("Lightning is not installed here and takes no part.", file=sys.stderr)
     return {each.name: each for each in found}
+
+
+def launched(where: Path, every: int) -> list[str]:
+    """Return the command of two workers under `trm_dist launch`."""
+    return [*LAUNCH, *_flags(where, every)]
 
 
 def _torchrun(*module: str) -> list[str]:
@@ -154,7 +159,7 @@ def in_turns(rounds: int, measure: Callable[[Way, int], dict[str, list[float]]])
 
 def measure_time(plan: Plan) -> list[Row]:
     """Measure starts, and restarts after a worker was killed."""
-    took = in_turns(plan.rounds, lambda way, _: _restarts(way))
+    took = in_turns(plan.rounds, lambda way, _: restarts(way))
     rows = []
     for what, values in took.items():
         peers = {name: values[name] for name in (TUTORIAL, LIGHTNING) if name in values}
@@ -176,14 +181,15 @@ _SUBJECTS = {
 }
 
 
-def _restarts(way: Way) -> dict[str, list[float]]:
+def restarts(way: Way, victims: Sequence[int] = (1, 0, 1)) -> dict[str, list[float]]:
+    """Return seconds of a start, and of restarts after workers were killed, in their phases."""
     found: dict[str, list[float]] = {}
     with directory() as where:
         began_s = time.time()
         with way.running(where, every=1) as run:
             run.wait_for_batches(1)
             found["start"] = [run.events("batch")[0]["time"] - began_s]
-            for victim in (1, 0, 1):
+            for victim in victims:
                 run.wait_for_batches(20)
                 workers, starts, killed_s = way.workers(run), len(lives(run)), time.time()
                 kill(workers[victim])

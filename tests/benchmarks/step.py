@@ -1,6 +1,6 @@
 """Samples a second of one training step, beside a peer, plain eager code, and the processor.
 
-    python -m tests.benchmarks.step [--size full|quick|tiny]
+    python -m tests.benchmarks.step [--size full|quick|tiny] [--compiled]
     torchrun --nproc_per_node=2 -m tests.benchmarks.step [--size ...]
 
 A step is one supervision step of some rows a worker: T - 1 rounds without gradient, one with it,
@@ -12,8 +12,9 @@ backward, clipping, AdamW, averages. Three ways are interleaved in one run:
 - tiny-recursive-model: the package of that name, its network of the same depth and with matrices of
   as many numbers (`pip install tiny-recursive-model`; it is left out where it is not installed).
 
-With more workers than one all are behind DDP. The processor's limit is what a large matrix product
-reaches in this run. Nothing else may compute meanwhile.
+With more workers than one all are behind DDP; --compiled puts the networks of all behind
+torch.compile (ours by the trainer's --compile). The processor's limit is what a large matrix
+product reaches in this run. Nothing else may compute meanwhile.
 """
 
 import os
@@ -36,6 +37,7 @@ from trm_dist.config import Config
 from trm_dist.elastic.reduction import ShardReduction
 from trm_dist.elastic.world import Group, World, form_group
 from trm_dist.model.ema import Ema
+from trm_dist.model.kernels import compile_network
 from trm_dist.model.layers import inner_width
 from trm_dist.model.optim import Optimizer
 from trm_dist.model.supervision import Rows, Supervision
@@ -92,7 +94,7 @@ PLANS = {
 # -- ours ------------------------------------------------------------------------------------------
 
 
-def ours(case: Case, world: World) -> Step:
+def ours(case: Case, world: World, *, is_compiled: bool = False) -> Step:
     """Return a step of the trainer's own parts."""
     sizes: dict[str, Any] = {
         "net": case.net, "dim": case.dim, "depth": DEPTH, "heads": HEADS, "seq_len": case.positions,
@@ -100,6 +102,8 @@ def ours(case: Case, world: World) -> Step:
     }  # fmt: skip
     config = Config().with_values(sizes)
     module = Trm(Shape(num_tokens=TOKENS, **asdict(config.model)), seed=0)
+    if is_compiled:
+        compile_network(module)
     task = Supervision(module, n_sup=16, halt_explore=0.1, loss="stablemax", seed=0)
     optimizer = Optimizer(module, lr=1e-4, warmup_steps=0, weight_decay=0.1, clip=1.0)
     ema = Ema(module, 0.999)
@@ -212,9 +216,12 @@ class Plain(nn.Module):
         return h
 
 
-def plain(case: Case, world: World) -> Step:
-    """Return a step of code as one writes it first."""
+def plain(case: Case, world: World, *, is_compiled: bool = False) -> Step:
+    """Return a step of code as one writes it first, or with its network behind torch.compile."""
     module = Plain(case.net, case.dim, case.positions)
+    if is_compiled:
+        for each in module.blocks:
+            each.compile()
     wrapped = DistributedDataParallel(module) if world.size > 1 else module
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, betas=(0.9, 0.95))
     averages = {name: each.detach().clone() for name, each in module.named_parameters()}
@@ -238,8 +245,13 @@ def plain(case: Case, world: World) -> Step:
 # -- the peer --------------------------------------------------------------------------------------
 
 
-def peer(case: Case, world: World) -> Step:
+def peer(case: Case, world: World, *, is_compiled: bool = False) -> Step:
     """Return a step of tiny-recursive-model, with the parts that its own trainer uses.
+
+    Args:
+        case: The size.
+        world: Behind DDP where there are several workers.
+        is_compiled: With its network behind torch.compile.
 
     Raises:
         ImportError: It is not installed.
@@ -264,6 +276,8 @@ def peer(case: Case, world: World) -> Step:
             ff_glu=True, ff_swish=True, ff_no_bias=True, ff_mult=over_width / dim, use_rmsnorm=True,
             attn_flash=True,
         )  # fmt: skip
+    if is_compiled:
+        network.compile()
     module = TinyRecursiveModel(
         dim=dim, num_tokens=TOKENS, network=network,
         num_refinement_blocks=ROUNDS, num_latent_refinements=THOUGHTS,
@@ -322,14 +336,19 @@ def measure(ways: dict[str, Step], group: Group, plan: Plan) -> dict[str, list[f
     return took
 
 
-def measured(case: Case, plan: Plan, group: Group, limit: float) -> Row:
+def measured(case: Case, plan: Plan, group: Group, limit: float, *, is_compiled: bool) -> Row:
     """Measure a size; `limit` is in FLOP/s."""
     world = group.world
-    ways = {"ours": ours(case, world), "plain code": plain(case, world)}
+    ways = {
+        "ours": ours(case, world, is_compiled=is_compiled),
+        "plain code": plain(case, world, is_compiled=is_compiled),
+    }
     with suppress(ImportError):
-        ways["tiny-recursive-model"] = peer(case, world)
+        ways["tiny-recursive-model"] = peer(case, world, is_compiled=is_compiled)
+    if is_compiled:
+        ways["ours, not compiled"] = ours(case, world)
     with FlopCounterMode(display=False) as counter:
-        ways["ours"]()
+        ours(case, world)()
     samples = case.rows * world.size
     rates = {
         name: [samples / seconds for seconds in each]
@@ -337,20 +356,22 @@ def measured(case: Case, plan: Plan, group: Group, limit: float) -> Row:
     }
     reachable = samples * limit / counter.get_total_flops()
     return Row(
-        subject="training step", what=f"{case.net}, dim {case.dim}, {case.positions} positions, "
+        subject=f"training step{', all compiled' if is_compiled else ''}",
+        what=f"{case.net}, dim {case.dim}, {case.positions} positions, "
         f"{case.rows} rows a worker, {world.size} worker(s)",
         unit="samples/s", better="more", ours=rates.pop("ours"), peers=rates,
-        limit={"a matrix product's rate": [reachable] * plan.blocks}, goal=Goal(1.5),
+        limit={"a matrix product's rate": [reachable] * plan.blocks},
+        goal=None if is_compiled else Goal(1.5),
     )  # fmt: skip
 
 
-def main(plan: Plan, path: str) -> None:
+def main(plan: Plan, path: str, *, is_compiled: bool) -> None:
     """Measure all sizes."""
     torch.set_num_threads(1)
     world = World.from_environment(os.environ)
     group = form_group(world, os.environ, 600)
     limit = matmul_flops()
-    rows = [measured(case, plan, group, limit) for case in plan.cases]
+    rows = [measured(case, plan, group, limit, is_compiled=is_compiled) for case in plan.cases]
     if world.is_writer:
         print(
             f"{world.size} worker(s), 1 thread each, torch {torch.__version__}; a matrix product "
@@ -363,5 +384,7 @@ def main(plan: Plan, path: str) -> None:
 
 
 if __name__ == "__main__":
-    asked = parser(__doc__).parse_args()
-    main(PLANS[asked.size], asked.rows)
+    given = parser(__doc__)
+    given.add_argument("--compiled", action="store_true", help="all behind torch.compile")
+    asked = given.parse_args()
+    main(PLANS[asked.size], asked.rows, is_compiled=asked.compiled)
