@@ -10,13 +10,13 @@ import logging
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
 from trm_dist.checkpoint.memory import SnapshotDir
-from trm_dist.checkpoint.resume import MEMORY, Remembered, Start, newest_of, remembered
+from trm_dist.checkpoint.resume import MEMORY, Remembered, newest_of, remembered
 from trm_dist.checkpoint.runs import Run, read_run
 from trm_dist.checkpoint.snapshot import Flat, unflatten
 from trm_dist.checkpoint.store import open_store
@@ -64,7 +64,8 @@ def share_plan(
         if plan:
             source = f"{MEMORY} of worker {holder}"
             logger.info("worker %d remembers a newer state than this node and the store", holder)
-            plan = plan_from(Start(run, source, state, is_unnamed=True), config, given)
+            start = replace(plan.start, run=run, source=source, state=state, is_unnamed=True)
+            plan = plan_from(start, config, given)
     elif about["batch_count"] >= 0:
         state = _share_plans_state(plan, group)
     message = bytes(group.broadcast(to_message(plan) if plan else b""))

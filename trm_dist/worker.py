@@ -19,7 +19,7 @@ import torch
 
 from trm_dist.checkpoint.client import PersisterClient
 from trm_dist.checkpoint.journal import Journal
-from trm_dist.checkpoint.manager import CheckpointManager, Inherited, Snapshots
+from trm_dist.checkpoint.manager import CheckpointManager, Inherited, Snapshots, overdue
 from trm_dist.checkpoint.memory import Slots, SnapshotDir, remove_if_unlocked, take_slots
 from trm_dist.checkpoint.resume import remembered
 from trm_dist.checkpoint.runs import Run, excuse, is_of_launch, read_run
@@ -240,7 +240,15 @@ def _manage(
     assert saving.slots is not None, "snapshots have slots"
     checkpoint, run = plan.config.checkpoint, plan.start.run
     assert saving.journal is not None, "a writer has one"
+    # Asked before the first capture writes there.
     busy = persister.attach(saving.slots, saving.journal)
+    if not busy:
+        busy = overdue(
+            saving.slots, run, checkpoint.checkpoint_interval,
+            after=plan.start.newest_named, before=run.starts_at,
+        )  # fmt: skip
+        for job in busy:
+            persister.publish(**job)
     inherited = Inherited(busy, not plan.start.is_unnamed)
     saving.grace_s = checkpoint.grace_period
     saving.store, saving.run = open_store(checkpoint.checkpoint_dir), run

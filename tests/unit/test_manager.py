@@ -19,7 +19,7 @@ from tests.fakes import (
     small_archive,
 )
 from trm_dist.checkpoint.archive import plain
-from trm_dist.checkpoint.manager import CheckpointManager, Inherited, Snapshots
+from trm_dist.checkpoint.manager import CheckpointManager, Inherited, Snapshots, overdue
 from trm_dist.checkpoint.memory import private_slots
 from trm_dist.checkpoint.names import FINAL, LATEST, epoch_name
 from trm_dist.checkpoint.runs import Run
@@ -635,3 +635,24 @@ def test_trouble_with_retention_does_not_stop_training() -> None:
 
     assert batches(writer.store)[LATEST] == 3
     assert writer.failed() == []
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "run", "after", "expected"),
+    [
+        (3, RUN, 0, [6]),
+        (3, RUN, 6, []),  # it has its name
+        (3, replace(RUN, branch=RUN.branch + 1), 0, []),
+        (2, RUN, 0, []),  # the next capture would write over the newest
+    ],
+)
+def test_what_was_due_a_name_is_asked_for_by_the_next_trainer(
+    num_slots: int, run: Run, after: int, expected: list[int]
+) -> None:
+    slots = private_slots(num_slots=num_slots, header_bytes=10_000, body_bytes=10_000)
+    snapshots = Snapshots(slots)
+    for batch_count in (5, 6, 7)[-num_slots:]:
+        snapshots.capture(make_state(batch_count))
+    jobs = overdue(slots, run, 3, after=after, before=7)
+    assert [each["names"] for each in jobs] == [[epoch_name(1, count)] for count in expected]
+    assert all(slots.read(each["slot"]) for each in jobs)

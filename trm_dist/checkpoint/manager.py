@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 from trm_dist.checkpoint.memory import Slots
 from trm_dist.checkpoint.names import FINAL, epoch_name
+from trm_dist.checkpoint.resume import remembered
+from trm_dist.checkpoint.runs import Run
 from trm_dist.checkpoint.snapshot import Flat, Layout, Views
 from trm_dist.config import CheckpointConfig
 from trm_dist.errors import StoreError
@@ -26,6 +28,8 @@ from trm_dist.progress import COUNTERS, Progress
 logger = logging.getLogger(__name__)
 
 _LISTEN_S = 0.1
+_LEAST_SLOTS = 3
+"""For one to be published and one to be the newest while one is written."""
 
 
 class Publishing(Protocol):
@@ -103,6 +107,40 @@ class Inherited:
     """Its jobs that are still at work."""
     has_name: bool = True
     """Whether the state it has left already has the name it may be due."""
+
+
+def overdue(
+    slots: Slots, run: Run, interval: int, *, after: int, before: int
+) -> list[dict[str, Any]]:
+    """Return jobs for what lies in memory under no name, though it was due one.
+
+    When a trainer and its persister are killed at once, nobody is left who knows what was just
+    being published. The newest state is not among them: it is captured and named anew.
+
+    Args:
+        slots: Of the trainer before.
+        run: Whose snapshots count.
+        interval: Batches between checkpoints with a name of their own.
+        after: Batches of the newest one that is there; they are published in their order.
+        before: Batches of the newest state.
+    """
+    if slots.num_slots < _LEAST_SLOTS:  # the next capture would have none but the newest
+        return []
+    jobs = []
+    for each in remembered(slots.held()):
+        at = Progress(**{name: each.summary[name] for name in COUNTERS})
+        if run.is_that_of(each.summary) and after < at.batch_count < before:
+            names = _own_names(at, interval)
+            job = {"slot": each.held.slot, "sequence": each.held.sequence, "names": names}
+            jobs += [job] if names else []
+    return jobs[:1]  # the next one waits for it, so there is no more than one
+
+
+def _own_names(at: Progress, interval: int) -> list[str]:
+    """Return the name of its own that a boundary gets, if the interval says so."""
+    # What stands before the first batch has no name: it is a fresh start.
+    is_due = at.batch_count and at.batch_count % interval == 0
+    return [epoch_name(at.epoch, at.batch_idx)] if is_due else []
 
 
 class CheckpointManager:
@@ -255,11 +293,8 @@ class CheckpointManager:
 
     def _due_names(self) -> list[str]:
         """Return the name of its own that the captured state gets, if the interval says so."""
-        at = self._captured
-        assert at is not None, "capture comes first"
-        # What stands before the first batch has no name: it is a fresh start.
-        is_due = at.batch_count and at.batch_count % self._config.checkpoint_interval == 0
-        return [epoch_name(at.epoch, at.batch_idx)] if is_due else []
+        assert self._captured is not None, "capture comes first"
+        return _own_names(self._captured, self._config.checkpoint_interval)
 
     def _ask(self, names: list[str], *, urgent: bool = False) -> None:
         with self._lock:

@@ -148,10 +148,14 @@ class Slots:
             return None
         return Held(slot, sequence, header, self._body(start), self)
 
+    def held(self) -> list[Held]:
+        """Return what all slots hold, the oldest first."""
+        found = [each for each in map(self.read, range(self.num_slots)) if each]
+        return sorted(found, key=lambda each: each.sequence)
+
     def newest(self) -> Held | None:
         """Return the slot that was written last."""
-        held = [each for each in map(self.read, range(self.num_slots)) if each]
-        return max(held, key=lambda each: each.sequence, default=None)
+        return next(reversed(self.held()), None)
 
     @property
     def whole(self) -> memoryview:

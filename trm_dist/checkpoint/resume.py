@@ -11,7 +11,7 @@ from typing import Any
 from trm_dist.checkpoint.archive import plain, summarize
 from trm_dist.checkpoint.catalog import Found, find_checkpoints, is_whole, position
 from trm_dist.checkpoint.memory import Held
-from trm_dist.checkpoint.names import FINAL, LATEST, epoch_name
+from trm_dist.checkpoint.names import FINAL, LATEST, epoch_name, parse_epoch_name
 from trm_dist.checkpoint.runs import RECORD, Run, read_run
 from trm_dist.checkpoint.seal import Seal, verify_seal
 from trm_dist.checkpoint.snapshot import unflatten
@@ -38,6 +38,8 @@ class Start:
     """None: a fresh start."""
     is_unnamed: bool = False
     """Whether no file has the name that a checkpoint of this state may be due."""
+    newest_named: int = 0
+    """Batches that the newest file of this branch with a name of its own has seen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,8 @@ class _Here:
             except CorruptCheckpointError as error:
                 logger.warning("%s is damaged (%s); an older one is tried", each.name, error)
                 continue
-            return Start(self.run, os.path.join(self.store.url, each.name), state)
+            source = os.path.join(self.store.url, each.name)
+            return Start(self.run, source, state, newest_named=self._newest_named(self.run))
         return self.start_from(snapshot) if snapshot else None
 
     def start_from(self, snapshot: Remembered) -> Start:
@@ -207,7 +210,12 @@ class _Here:
         is_unnamed = own_name not in {each.name for each in self.found}
         held = snapshot.held.copied()  # its writer may be alive, and is replaced only after this
         state = unflatten(held.header, held.body)
-        return Start(self.run, MEMORY, state, is_unnamed)
+        return Start(self.run, MEMORY, state, is_unnamed, self._newest_named(self.run))
+
+    def _newest_named(self, run: Run) -> int:
+        named = [each.seal for each in self.found if each.seal and parse_epoch_name(each.name)]
+        ours = [each.summary for each in named if run.is_that_of(each.summary)]
+        return max((int(each["batch_count"]) for each in ours), default=0)
 
 
 def _refuse_if_lost(store: Store, run: Run | None, found: list[Found]) -> None:
