@@ -27,6 +27,10 @@ def load_compiler() -> None:
     # It asks for a GPU while it is imported, and who has asked cannot be forked either.
     config.use_experimental_benchmarker = False
     importlib.import_module("torch._inductor.compile_fx")
+    if torch.version.cuda is None:
+        # What this processor can do is tried out in processes, for two seconds; who is forked after
+        # that knows it.
+        importlib.import_module("torch._inductor.cpu_vec_isa").pick_vec_isa()
 
 
 def compile_network(module: Trm, backend: str = "inductor") -> None:
