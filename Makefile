@@ -88,7 +88,7 @@ bench-step: .venv-bench/.ready
 	.venv-bench/bin/torchrun --nproc_per_node=2 -m tests.benchmarks.step
 	.venv-bench/bin/python -m tests.benchmarks.step --size quick --compiled
 
-# A step and a snapshot on a GPU, beside the same (2 minutes).
+# A step, a snapshot and a restart on a GPU, beside the same, compiled and not.
 bench-gpu: .venv-bench/.ready
 	.venv-bench/bin/python -m tests.benchmarks.gpu
 

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
@@ -332,7 +332,8 @@ def _zygote(arguments: list[str], defaults: Config) -> int:
         if config.train.compile:
             from trm_dist.model.kernels import load_compiler
 
-            load_compiler()
+            with suppress(RuntimeError, OSError):  # of what is missing the worker tells
+                load_compiler()
     preload_data(config)
     this = [sys.executable, "-m", "trm_dist"]
     zygote.Zygote(

@@ -21,7 +21,7 @@ from trm_dist.checkpoint.store import Store, open_store, split_url
 from trm_dist.config import Config, DataConfig, Settings, check_sizes, derived_sizes, resolve
 from trm_dist.data.cache import Cache, default_directory
 from trm_dist.data.dataset import Dataset, open_dataset, preload
-from trm_dist.elastic.device import check_compiler, device_name
+from trm_dist.elastic.device import check_compiler, compiler_name, device_name
 from trm_dist.errors import ConfigError, DataError, ResumeError
 from trm_dist.model.optim import VARIANTS
 from trm_dist.model.trm import Shape, Trm, num_parameters
@@ -154,7 +154,7 @@ def environment(config: Config) -> dict[str, str]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": str(config.train.threads),
         "optimizer": VARIANTS[config.train.optim],
-    }
+    } | ({"compiler": compiler_name(config.train.device)} if config.train.compile else {})
 
 
 def estimate(plan: Plan) -> dict[str, int]:

@@ -64,6 +64,8 @@ def share_plan(
         if plan:
             source = f"{MEMORY} of worker {holder}"
             logger.info("worker %d remembers a newer state than this node and the store", holder)
+            assert state is not None, "shared"
+            run = replace(run, starts_at=int(state["batch_count"]))
             start = replace(plan.start, run=run, source=source, state=state, is_unnamed=True)
             plan = plan_from(start, config, given)
     elif about["batch_count"] >= 0:

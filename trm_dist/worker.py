@@ -39,7 +39,7 @@ from trm_dist.elastic.agent import (
     record_error,
     will_restart,
 )
-from trm_dist.elastic.device import take_device
+from trm_dist.elastic.device import check_compiler, take_device
 from trm_dist.elastic.notice import watch
 from trm_dist.elastic.preemption import StopListener, exit_code
 from trm_dist.elastic.process import started_at
@@ -177,6 +177,8 @@ def _take_device(config: Config, world: World) -> torch.device:
         DeviceLostError: Under `launch`, where the node had it before.
     """
     try:
+        if config.train.compile:
+            check_compiler(config.train.device, config.train.cpu_capability)
         return take_device(config.train.device, config.train.backend, world.local_rank)
     except ConfigError as error:
         if is_under_launch(os.environ) and is_restart(os.environ):
@@ -240,18 +242,18 @@ def _manage(
     assert saving.slots is not None, "snapshots have slots"
     checkpoint, run = plan.config.checkpoint, plan.start.run
     assert saving.journal is not None, "a writer has one"
-    # Asked before the first capture writes there.
-    busy = persister.attach(saving.slots, saving.journal)
-    if not busy:
-        busy = overdue(
-            saving.slots, run, checkpoint.checkpoint_interval,
-            after=plan.start.newest_named, before=run.starts_at,
-        )  # fmt: skip
-        for job in busy:
-            persister.publish(**job)
-    inherited = Inherited(busy, not plan.start.is_unnamed)
     saving.grace_s = checkpoint.grace_period
     saving.store, saving.run = open_store(checkpoint.checkpoint_dir), run
+    busy = persister.attach(saving.slots, saving.journal)
+    if not any(job["names"] for job in busy):
+        left = overdue(  # asked for before the first capture writes there
+            saving.slots, saving.store, run, checkpoint.checkpoint_interval,
+            after=plan.start.newest_named, before=run.starts_at,
+        )  # fmt: skip
+        for job in left:
+            persister.publish(**job)
+        busy = busy + left
+    inherited = Inherited(busy, not plan.start.is_unnamed)
     saving.manager = CheckpointManager(snapshots, persister, checkpoint, saving.emit, inherited)
     return saving.manager
 

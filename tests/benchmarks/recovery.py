@@ -1,14 +1,16 @@
 """How long a run is down after `kill -9` of a worker, what it has lost, what kills cost.
 
     python -m tests.benchmarks.recovery time
+    python -m tests.benchmarks.recovery compiled
     python -m tests.benchmarks.recovery lost
     python -m tests.benchmarks.recovery goodput
     ... --size full|quick|tiny
 
 `time` compares trm_dist under `launch` and under plain torchrun with the pattern of the tutorials
 and with Lightning under the same torchrun, in turns; the peers save after every batch, which is
-their best here. `lost` counts finished batches that are trained again after a kill of a worker, of
-all workers, and a SIGTERM, where everybody saves every 20 batches. Peers get
+their best here. `compiled` compares ours with and without --compile. `lost` counts finished
+batches that are trained again after a kill of a worker, of all workers, and a SIGTERM, where
+everybody saves every 20 batches. Peers get
 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --standalone: without either most of their restarts hang
 with torch 2.13 and gloo. `goodput` kills a worker of a launched run every so often and tells
 the share of its time that a run nobody disturbs needs for the same batches. Lightning takes part
@@ -95,6 +97,7 @@ class Way:
 
 
 LAUNCHED, TORCHRUN = "trm_dist launch", "trm_dist, torchrun"
+COMPILED = "trm_dist launch --compile"
 TUTORIAL, LIGHTNING = "torchrun tutorial", "Lightning, torchrun"
 
 
@@ -234,6 +237,29 @@ def lives(run: Training) -> list[list[dict[str, Any]]]:
     return found
 
 
+def measure_compiled(plan: Plan) -> list[Row]:
+    """Measure what --compile adds to a start and to a restart, with kernels that are kept."""
+
+    def command(where: Path, every: int) -> list[str]:
+        return [*launched(where, every), "--compile"]
+
+    ways = {LAUNCHED: Way(LAUNCHED, launched), COMPILED: Way(LAUNCHED, command)}
+    restarts(ways[COMPILED], victims=())  # compiles them
+    took: dict[str, dict[str, list[float]]] = {"start": {}, "kill": {}}
+    for _ in range(plan.rounds):
+        for name, way in ways.items():
+            found = restarts(way)
+            for what, each in took.items():
+                each.setdefault(name, []).extend(found[what])
+    return [
+        Row(
+            subject=_SUBJECTS[what], what=COMPILED, unit="s", better="less",
+            ours=values[COMPILED], peers={LAUNCHED: values[LAUNCHED]},
+        )
+        for what, values in took.items()
+    ]  # fmt: skip
+
+
 # -- losses ----------------------------------------------------------------------------------------
 
 
@@ -322,7 +348,10 @@ def measure_goodput(plan: Plan) -> list[Row]:
 
 
 if __name__ == "__main__":
-    measures = {"time": measure_time, "lost": measure_lost, "goodput": measure_goodput}
+    measures = {
+        "time": measure_time, "compiled": measure_compiled, "lost": measure_lost,
+        "goodput": measure_goodput,
+    }  # fmt: skip
     options = parser(__doc__)
     options.add_argument("what", choices=measures)
     asked = options.parse_args()

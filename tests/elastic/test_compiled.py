@@ -50,3 +50,11 @@ def _goes_on_compiled_unless_told(run_directory: Path, empty: Path) -> None:
     with training(run_directory, base={}, flags=flags, variables=variables) as run:
         assert run.end() == 0, run.messages()
         assert run.events("finished")
+
+
+def test_a_launch_that_cannot_compile_says_so_once_and_ends(tmp_path: Path) -> None:
+    nothing = {"CXX": str(tmp_path)}
+    with training(tmp_path / "run", flags=FLAGS, launch=2, variables=nothing) as run:
+        assert run.end() == 2, run.messages()
+        assert run.messages().count("needs a C++ compiler") == 1
+    assert not (tmp_path / "run").exists()

@@ -165,6 +165,21 @@ def test_a_name_that_nobody_could_give_any_more_is_given_by_the_next_start(
     assert main(["verify", str(directory)]) == 0
 
 
+def test_a_branch_killed_at_its_begin_leaves_its_origin_as_it_is(directory: Path) -> None:
+    flags = {"--checkpoint-interval": "3", "--epochs": "1"}
+    with training(directory, flags=flags) as run:
+        assert run.end() == 0, run.messages()
+    origin = directory / epoch_name(1, 3)
+    before = origin.read_bytes()
+    branch = flags | {"--resume": str(origin), "--overwrite": "", "--epochs": "2"}
+    with training(directory, workers=2, max_restarts=9, flags=branch) as run:
+        run.wait_for_batches(1)
+        kill(run.worker(0))
+        assert run.end() == 0, run.messages()
+        assert [each["source"] for each in run.events("started")] == [str(origin), "memory"]
+    assert origin.read_bytes() == before
+
+
 def test_memory_of_another_node_is_taken_when_the_writers_node_is_new(
     tmp_path: Path, undisturbed: Undisturbed
 ) -> None:

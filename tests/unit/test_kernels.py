@@ -1,4 +1,4 @@
-"""What the compiler is given; that it makes kernels of it is tested on a GPU."""
+"""What the compiler is given; what it makes of it is tested by elastic/test_compiled.py."""
 
 import pytest
 import torch

@@ -643,6 +643,8 @@ def test_trouble_with_retention_does_not_stop_training() -> None:
         (3, RUN, 0, [6]),
         (3, RUN, 6, []),  # it has its name
         (3, replace(RUN, branch=RUN.branch + 1), 0, []),
+        (3, replace(RUN, origin="abc"), 0, []),  # it may be where the branch begins
+        (3, replace(RUN, origin="abc"), 3, [6]),
         (2, RUN, 0, []),  # the next capture would write over the newest
     ],
 )
@@ -653,6 +655,18 @@ def test_what_was_due_a_name_is_asked_for_by_the_next_trainer(
     snapshots = Snapshots(slots)
     for batch_count in (5, 6, 7)[-num_slots:]:
         snapshots.capture(make_state(batch_count))
-    jobs = overdue(slots, run, 3, after=after, before=7)
+    jobs = overdue(slots, MemoryStore(), run, 3, after=after, before=7)
     assert [each["names"] for each in jobs] == [[epoch_name(1, count)] for count in expected]
     assert all(slots.read(each["slot"]) for each in jobs)
+
+
+def test_a_name_that_has_come_to_be_meanwhile_is_not_given_again() -> None:
+    store = MemoryStore()
+    training = Training(store, checkpoint_interval=3)
+    for batch_count in (5, 6):
+        training.finish_batch(batch_count)
+    training.manager.capture(make_state(7))
+    assert epoch_name(1, 6) in store.files
+    assert overdue(training.slots, store, RUN, 3, after=0, before=7) == []
+    del store.files[epoch_name(1, 6)]
+    assert len(overdue(training.slots, store, RUN, 3, after=0, before=7)) == 1

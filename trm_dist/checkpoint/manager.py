@@ -15,11 +15,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from trm_dist.checkpoint.catalog import position, read_summary
 from trm_dist.checkpoint.memory import Slots
 from trm_dist.checkpoint.names import FINAL, epoch_name
 from trm_dist.checkpoint.resume import remembered
 from trm_dist.checkpoint.runs import Run
 from trm_dist.checkpoint.snapshot import Flat, Layout, Views
+from trm_dist.checkpoint.store import Store
 from trm_dist.config import CheckpointConfig
 from trm_dist.errors import StoreError
 from trm_dist.events import CommitFailed, Committed, Emit
@@ -110,30 +112,42 @@ class Inherited:
 
 
 def overdue(
-    slots: Slots, run: Run, interval: int, *, after: int, before: int
+    slots: Slots, store: Store, run: Run, interval: int, *, after: int, before: int
 ) -> list[dict[str, Any]]:
-    """Return jobs for what lies in memory under no name, though it was due one.
+    """Return the job for what lies in memory under no name, though it was due one.
 
     When a trainer and its persister are killed at once, nobody is left who knows what was just
-    being published. The newest state is not among them: it is captured and named anew.
+    being published. It is one at most, as the next one waits for it. The newest state is none: it
+    is captured and named anew.
 
     Args:
         slots: Of the trainer before.
+        store: Where it may have come to be since.
         run: Whose snapshots count.
         interval: Batches between checkpoints with a name of their own.
-        after: Batches of the newest one that is there; they are published in their order.
+        after: Batches of the newest one that was there; they are published in their order.
         before: Batches of the newest state.
     """
     if slots.num_slots < _LEAST_SLOTS:  # the next capture would have none but the newest
         return []
-    jobs = []
+    if run.origin and not after:  # the first one of a branch lies there as its origin already
+        return []
     for each in remembered(slots.held()):
         at = Progress(**{name: each.summary[name] for name in COUNTERS})
-        if run.is_that_of(each.summary) and after < at.batch_count < before:
-            names = _own_names(at, interval)
-            job = {"slot": each.held.slot, "sequence": each.held.sequence, "names": names}
-            jobs += [job] if names else []
-    return jobs[:1]  # the next one waits for it, so there is no more than one
+        names = _own_names(at, interval)
+        is_due = names and run.is_that_of(each.summary) and after < at.batch_count < before
+        if is_due and not _is_there(store, names[0], each.summary):
+            return [{"slot": each.held.slot, "sequence": each.held.sequence, "names": names}]
+    return []
+
+
+def _is_there(store: Store, name: str, summary: dict[str, Any]) -> bool:
+    """Tell whether a state has its name; one that cannot be asked for is given it again."""
+    try:
+        there = read_summary(store, name)
+    except OSError:
+        return False
+    return there is not None and position(there) == position(summary)
 
 
 def _own_names(at: Progress, interval: int) -> list[str]:

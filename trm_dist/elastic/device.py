@@ -3,7 +3,10 @@
 import os
 import shutil
 import socket
+import subprocess
 import sysconfig
+from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Literal
 
@@ -67,6 +70,16 @@ def check_compiler(wanted: Kind, cpu_capability: str) -> None:
             f"--compile needs {' and '.join(missing)}, which is not here. Install that, or leave "
             "the flag out (--no-compile goes on without it)."
         )
+
+
+@cache
+def compiler_name(wanted: Kind) -> str:
+    """Return what compiles kernels here, with its version."""
+    if _kind(wanted) == "cuda":
+        return f"triton {version('triton')}"
+    command = [os.environ.get("CXX", "g++"), "--version"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    return told.stdout.partition("\n")[0]
 
 
 def _needs_of_compiler(is_cpu: bool) -> dict[str, bool]:

@@ -19,8 +19,10 @@ from trm_dist.model.trm import Trm
 
 def load_compiler() -> None:
     """Import torch's compiler, which takes as long as torch itself; no process is started."""
+    from torch._dynamo import config as tracing
     from torch._inductor import config
 
+    tracing.optimize_ddp = False  # it would cut the network at the buckets of DDP
     # A pool of processes would outlive a killed worker, and whoever has one cannot be forked.
     config.compile_threads = 1
     config.deterministic = True
