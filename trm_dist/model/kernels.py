@@ -18,7 +18,7 @@ from trm_dist.model.trm import Trm
 
 
 def load_compiler() -> None:
-    """Import torch's compiler, which takes as long as torch itself; no process is started."""
+    """Import torch's compiler, which takes as long as torch itself; nothing of it stays running."""
     from torch._dynamo import config as tracing
     from torch._inductor import config
 
