@@ -13,8 +13,9 @@ backward, clipping, AdamW, averages. Three ways are interleaved in one run:
   as many numbers (`pip install tiny-recursive-model`; it is left out where it is not installed).
 
 With more workers than one all are behind DDP; --compiled puts the networks of all behind
-torch.compile (ours by the trainer's --compile). The processor's limit is what a large matrix
-product reaches in the same turns. Nothing else may compute meanwhile.
+torch.compile (ours by the trainer's --compile). Where activations are bf16 the others are under
+autocast. The processor's limit is what a large matrix product of the same precision reaches in the
+same turns. Nothing else may compute meanwhile.
 """
 
 import os
@@ -41,7 +42,7 @@ from trm_dist.model.kernels import compile_network
 from trm_dist.model.layers import inner_width
 from trm_dist.model.optim import Optimizer
 from trm_dist.model.supervision import Rows, Supervision
-from trm_dist.model.trm import Shape, Trm
+from trm_dist.model.trm import Precision, Shape, Trm
 
 TOKENS, DEPTH, ROUNDS, THOUGHTS, HEADS = 11, 2, 3, 6, 4
 
@@ -57,6 +58,8 @@ class Case:
     positions: int
     rows: int
     """Of each worker."""
+    precision: Precision = "fp32"
+    """Of the activations."""
 
     def questions(self) -> tuple[Tensor, Tensor]:
         """Return rows of tokens and their answers."""
@@ -81,13 +84,23 @@ PLANS = {
         [
             Case(net, dim, positions, {128: 32, 512: 4}[dim])
             for dim, net, positions in product((128, 512), ("mlp", "attn"), (81, 256))
-        ],
+        ]
+        + [Case(net, 128, 81, 32, "bf16") for net in ("mlp", "attn")],
         blocks=7,
     ),
     "quick": Plan(
-        [Case("mlp", 128, 81, 32), Case("attn", 128, 81, 32), Case("mlp", 512, 81, 4)], blocks=3
+        [
+            Case("mlp", 128, 81, 32),
+            Case("attn", 128, 81, 32),
+            Case("mlp", 512, 81, 4),
+            Case("mlp", 128, 81, 32, "bf16"),
+            Case("attn", 128, 81, 32, "bf16"),
+        ],
+        blocks=3,
     ),
-    "tiny": Plan([Case("mlp", 32, 16, 2), Case("attn", 128, 16, 2)], blocks=2, block_s=0.01),
+    "tiny": Plan(
+        [Case("mlp", 32, 16, 2), Case("attn", 128, 16, 2, "bf16")], blocks=2, block_s=0.01
+    ),
 }
 
 
@@ -101,7 +114,8 @@ def ours(case: Case, world: World, *, is_compiled: bool = False) -> Step:
         "h_cycles": ROUNDS, "l_cycles": THOUGHTS,
     }  # fmt: skip
     config = Config().with_values(sizes)
-    module = Trm(Shape(num_tokens=TOKENS, **asdict(config.model)), seed=0)
+    shape = Shape(num_tokens=TOKENS, **asdict(config.model))
+    module = Trm(shape, seed=0, precision=case.precision)
     if is_compiled:
         compile_network(module)
     task = Supervision(module, n_sup=16, halt_explore=0.1, loss="stablemax", seed=0)
@@ -310,9 +324,20 @@ PRODUCT = "a matrix product's rate"
 """What a large one reaches in the same turns: the processor's limit."""
 
 
-def product_of(width: int) -> tuple[Step, float]:
+def cast(step: Step, precision: Precision) -> Step:
+    """Return a step of the others in a precision: under autocast where it is bf16."""
+
+    def under_autocast() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            step()
+
+    return under_autocast
+
+
+def product_of(width: int, precision: Precision) -> tuple[Step, float]:
     """Return a product of two square matrices, and its floating-point operations."""
-    a, b, found = (torch.randn(width, width) for _ in range(3))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b, found = (torch.randn(width, width).to(dtype) for _ in range(3))
 
     def product() -> None:
         torch.mm(a, b, out=found)
@@ -346,14 +371,15 @@ def measure(ways: dict[str, Step], group: Group, plan: Plan) -> dict[str, list[f
 def measured(case: Case, plan: Plan, group: Group, *, is_compiled: bool) -> Row:
     """Measure a size."""
     world = group.world
-    product, product_flops = product_of(1024)
+    product, product_flops = product_of(1024, case.precision)
     ways = {
         PRODUCT: product,
         "ours": ours(case, world, is_compiled=is_compiled),
-        "plain code": plain(case, world, is_compiled=is_compiled),
+        "plain code": cast(plain(case, world, is_compiled=is_compiled), case.precision),
     }
     with suppress(ImportError):
-        ways["tiny-recursive-model"] = peer(case, world, is_compiled=is_compiled)
+        of_peer = peer(case, world, is_compiled=is_compiled)
+        ways["tiny-recursive-model"] = cast(of_peer, case.precision)
     if is_compiled:
         ways["ours, not compiled"] = ours(case, world)
     with FlopCounterMode(display=False) as counter:
@@ -365,7 +391,7 @@ def measured(case: Case, plan: Plan, group: Group, *, is_compiled: bool) -> Row:
     rates = {name: [samples / seconds for seconds in each] for name, each in took.items()}
     return Row(
         subject=f"training step{', all compiled' if is_compiled else ''}",
-        what=f"{case.net}, dim {case.dim}, {case.positions} positions, "
+        what=f"{case.net}, dim {case.dim}, {case.precision}, {case.positions} positions, "
         f"{case.rows} rows a worker, {world.size} worker(s)",
         unit="samples/s", better="more", ours=rates.pop("ours"),
         limit={PRODUCT: rates.pop(PRODUCT)}, peers=rates,

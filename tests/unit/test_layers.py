@@ -1,11 +1,15 @@
 """The layers' own gradients and in-place rounds, against torch's and against differences."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trm_dist.model.layers import EPSILON, GatedMlp, _Gated, add_and_norm
+from trm_dist.model.layers import EPSILON, Attention, GatedMlp, _Gated, add_and_norm
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 AXES = pytest.mark.parametrize("axis", [1, 2])
@@ -83,3 +87,33 @@ def test_rounds_without_gradient_have_the_bits_of_one_with(axis: int, dtype: tor
     with torch.no_grad():
         assert torch.equal(mlp(x), wanted[1])
         assert torch.equal(add_and_norm(x, change, axis), wanted[0])
+
+
+def test_bf16_attention_and_its_gradients_are_those_of_fp32_rounded() -> None:
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        attention = Attention(96, 4, 40, torch.Generator().manual_seed(1))
+        x = pair()[0].to(dtype).requires_grad_()
+        mixed = attention(x)
+        assert mixed.dtype == dtype
+        mixed.float().square().sum().backward()
+        found[dtype] = [mixed, x.grad, *(each.grad for each in attention.parameters())]
+    for exact, narrow in zip(found[torch.float32], found[torch.bfloat16], strict=True):
+        assert (narrow.float() - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_bf16_attention_needs_no_special_processor(capability: str) -> None:
+    code = """
+import torch
+from trm_dist.model.layers import Attention
+
+x = torch.ones(2, 81, 128, dtype=torch.bfloat16, requires_grad=True)
+Attention(128, 4, 81, torch.Generator())(x).sum().backward()
+print(x.grad.isfinite().all().item())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stdout == "True\n", done.stderr

@@ -153,9 +153,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D]."""
         by_heads = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if not x.is_cuda:  # torch's attention in bfloat16 is many times slower there, backward
+            by_heads = widened(by_heads)
         query_key, value = by_heads.split((2, 1))  # [2, B, H, S, D/H] and [1, B, H, S, D/H]
         query, key = rotate(query_key, self.cos, self.sin)
-        mixed = F.scaled_dot_product_attention(query, key, value.squeeze(0))
+        mixed = F.scaled_dot_product_attention(query, key, value.squeeze(0)).to(x.dtype)
         return self.out(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
