@@ -354,7 +354,7 @@ def _timed(step: Callable[[], object], times: int) -> float:
 
 def measure(ways: dict[str, Step], group: Group, plan: Plan) -> dict[str, list[float]]:
     """Return seconds of a step, block by block, all ways in turns."""
-    first = torch.tensor([_timed(each, 2) for each in ways.values()], dtype=torch.float64)
+    first = torch.tensor([_timed(each, 1) for each in ways.values()], dtype=torch.float64)
     mean = group.sum_(first) / group.world.size
     times = [max(1, int(plan.block_s / float(each))) for each in mean]
     took: dict[str, list[float]] = {name: [] for name in ways}
