@@ -160,6 +160,9 @@ def _parse(
         if error.code == 0:
             raise
         raise _UsageError("") from error
+    except BrokenPipeError:  # who reads the help has seen enough, and what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     return parsed
 
 

@@ -176,3 +176,13 @@ def test_garbage_is_collected_again_after_an_import(error: ImportError | None) -
         assert gc.get_freeze_count() > 0
     finally:
         gc.unfreeze()
+
+
+def test_help_that_nobody_reads_to_its_end_is_no_error() -> None:
+    command = [sys.executable, "-m", "trm_dist", "train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None, "a pipe"
+        process.stdout.close()
+        assert process.stderr is not None, "a pipe"
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
