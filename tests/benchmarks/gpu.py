@@ -33,7 +33,7 @@ from trm_dist.model.graphs import record
 from trm_dist.model.kernels import compile_network
 from trm_dist.model.optim import Optimizer
 from trm_dist.model.supervision import Rows, Supervision
-from trm_dist.model.trm import Shape, Trm
+from trm_dist.model.trm import Precision, Shape, Trm
 from trm_dist.train import pin_numerics
 
 ROWS, POSITIONS = 96, 81
@@ -46,7 +46,7 @@ Step = Callable[[], None]
 
 
 def ours(
-    dim: int, precision: Any, *, net: str = "mlp", is_recorded: bool = True,
+    dim: int, precision: Precision, *, net: str = "mlp", is_recorded: bool = True,
     is_compiled: bool = False,
 ) -> tuple[Step, Callable[[], Any]]:  # fmt: skip
     """Return a step of the trainer's own parts on one shard, and its state."""
@@ -87,16 +87,11 @@ def ours(
     return step, state
 
 
-def others(make: Callable[..., Step], net: str, dim: int, precision: str) -> Step:
+def others(make: Callable[..., Step], net: str, dim: int, precision: Precision) -> Step:
     """Return a step of plain code or the peer, under autocast where it is to be bf16."""
     with DEVICE:
         step = make(sizes.Case(net, dim, POSITIONS, ROWS), World())
-
-    def cast() -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-            step()
-
-    return cast
+    return sizes.cast(step, precision, DEVICE.type)
 
 
 def timed(step: Step, times: int) -> float:
@@ -109,7 +104,7 @@ def timed(step: Step, times: int) -> float:
     return (time.perf_counter() - started_s) / times
 
 
-def ways_of(net: str, dim: int, precision: str) -> dict[str, Callable[[], Step]]:
+def ways_of(net: str, dim: int, precision: Precision) -> dict[str, Callable[[], Step]]:
     """Return what makes the step of each way."""
     mine = partial(ours, dim, precision, net=net)
     theirs = partial(others, net=net, dim=dim, precision=precision)
@@ -131,7 +126,7 @@ def settle(name: str) -> None:
     inductor_config.deterministic = is_ours
 
 
-def steps(net: str, dim: int, precision: str) -> None:
+def steps(net: str, dim: int, precision: Precision) -> None:
     """Print what a step takes in every way, in turns."""
     found: dict[str, Step] = {}
     for name, make in ways_of(net, dim, precision).items():

@@ -324,11 +324,11 @@ PRODUCT = "a matrix product's rate"
 """What a large one reaches in the same turns: the processor's limit."""
 
 
-def cast(step: Step, precision: Precision) -> Step:
+def cast(step: Step, precision: Precision, device: str = "cpu") -> Step:
     """Return a step of the others in a precision: under autocast where it is bf16."""
 
     def under_autocast() -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             step()
 
     return under_autocast
