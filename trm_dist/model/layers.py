@@ -153,7 +153,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, S, D] to [B, S, D]."""
         by_heads = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if not x.is_cuda:  # torch's in bfloat16 needs AVX-512 there, and is ten times as slow backward
+        if not x.is_cuda:  # torch's in bfloat16 needs AVX-512 there, and is ten times as slow
             by_heads = widened(by_heads)
         query_key, value = by_heads.split((2, 1))  # [2, B, H, S, D/H] and [1, B, H, S, D/H]
         query, key = rotate(query_key, self.cos, self.sin)
