@@ -14,8 +14,7 @@ import tyro
 
 from trm_dist.config import DataConfig
 from trm_dist.data import codec, sudoku
-from trm_dist.data.codec import IGNORED
-from trm_dist.data.dataset import Dataset, open_dataset
+from trm_dist.data.dataset import IGNORED, Dataset, open_dataset
 from trm_dist.errors import UserError
 from trm_dist.export import Model, Weights, load_model
 from trm_dist.logs import say

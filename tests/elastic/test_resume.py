@@ -137,7 +137,7 @@ FAR_RESUME = """
     one = np.full((1, 16), 2, dtype=np.uint8)
     data = Counting(
         url="", inputs=np.broadcast_to(one, (10**10, 16)),
-        labels=np.broadcast_to(one.astype(np.int16), (10**10, 16)),
+        labels=np.broadcast_to(one, (10**10, 16)),
         num_tokens=6, codec="sudoku4", sha256="",
     )
     sizes = dict(dim=16, depth=1, h_cycles=1, l_cycles=1, n_sup=1, seq_len=16)

@@ -150,7 +150,7 @@ def test_cache_is_listed_and_cleared(tmp_path: Path, capsys: pytest.CaptureFixtu
         "import sys, numpy as np\n"
         "from trm_dist.data.cache import Cache, cached\n"
         "def make(sink):\n"
-        "    sink.write(np.zeros((2, 4), np.uint8), np.zeros((2, 4), np.int16))\n"
+        "    sink.write(np.zeros((2, 4), np.uint8), np.zeros((2, 4), np.uint8))\n"
         "    return {'url': 'data.jsonl'}\n"
         "cached(Cache(sys.argv[1], 10**9), {}, make)\n"
     )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trm_dist.data import codec
-from trm_dist.data.codec import END, IGNORED, NUM_TOKENS, PAD, SEPARATOR, Encoded, decode
+from trm_dist.data.codec import END, NUM_TOKENS, PAD, SEPARATOR, Encoded, decode
 
 
 def encode(context: str, query: str, completion: str, seq_len: int) -> Encoded:
@@ -22,7 +22,7 @@ def answer(completion: str, seq_len: int = 16) -> list[int]:
 
 
 def test_marks_are_golden() -> None:
-    assert (NUM_TOKENS, PAD, END, SEPARATOR, IGNORED) == (256, 0x00, 0x03, 0x1E, -100)
+    assert (NUM_TOKENS, PAD, END, SEPARATOR) == (256, 0x00, 0x03, 0x1E)
 
 
 @pytest.mark.parametrize(
@@ -59,12 +59,12 @@ def test_question_that_fits_exactly_stays_whole() -> None:
     assert question("0123456789", "query") == b"0123456789\x1equery"
 
 
-def test_answer_is_completion_and_end_then_ignored() -> None:
-    assert answer("hi", 6) == [ord("h"), ord("i"), END, IGNORED, IGNORED, IGNORED]
+def test_answer_is_completion_and_end_then_nothing() -> None:
+    assert answer("hi", 6) == [ord("h"), ord("i"), END, PAD, PAD, PAD]
 
 
 def test_empty_answer_is_the_end_mark() -> None:
-    assert answer("", 3) == [END, IGNORED, IGNORED]
+    assert answer("", 3) == [END, PAD, PAD]
 
 
 def test_long_answer_loses_its_end() -> None:
@@ -114,8 +114,7 @@ def test_arrays_have_length_and_type() -> None:
     encoded = encode("c", "q", "a", 11)
 
     assert encoded.inputs.shape == encoded.labels.shape == (11,)
-    assert encoded.inputs.dtype == np.uint8
-    assert encoded.labels.dtype == np.int16
+    assert encoded.inputs.dtype == encoded.labels.dtype == np.uint8
 
 
 @pytest.mark.parametrize(

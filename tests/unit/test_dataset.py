@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from trm_dist.data.codec import decode
+from trm_dist.data.cache import Cache
+from trm_dist.data.codec import END, decode
 from trm_dist.data.dataset import Dataset, open_dataset
 from trm_dist.data.sudoku import draw
 from trm_dist.errors import DataError
@@ -18,7 +20,7 @@ Write = Callable[..., str]
 SMALL = Dataset(
     url="small",
     inputs=np.arange(12, dtype=np.uint8).reshape(4, 3) + 200,
-    labels=np.arange(12, dtype=np.int16).reshape(4, 3) - 100,
+    labels=np.arange(12, dtype=np.uint8).reshape(4, 3) + 100,
     num_tokens=256,
     codec="bytes",
     sha256="abc",
@@ -157,8 +159,22 @@ def test_rows_are_the_samples_asked_for() -> None:
     inputs, labels = SMALL.rows(np.array([2, 0, 2]))
 
     assert inputs.tolist() == [[206, 207, 208], [200, 201, 202], [206, 207, 208]]
-    assert labels.tolist() == [[-94, -93, -92], [-100, -99, -98], [-94, -93, -92]]
+    assert labels.tolist() == [[106, 107, 108], [100, 101, 102], [106, 107, 108]]
     assert inputs.dtype == labels.dtype == np.int64
+
+
+def test_labels_that_count_nowhere_are_marked() -> None:
+    _, labels = replace(SMALL, ignored=101).rows(np.array([0, 1]))
+
+    assert labels.tolist() == [[100, -100, 102], [103, 104, 105]]
+
+
+@pytest.mark.parametrize("has_cache", [False, True])
+def test_text_counts_up_to_its_end_mark(write: Write, tmp_path: Path, has_cache: bool) -> None:
+    cache = Cache(str(tmp_path / "cache"), 10**9) if has_cache else None
+    _, labels = open_dataset(write("ab", "abcd"), seq_len=4, cache=cache).rows(np.arange(2))
+
+    assert labels.tolist() == [[97, 98, END, -100], [97, 98, 99, 100]]
 
 
 def test_rows_of_no_samples_are_empty() -> None:

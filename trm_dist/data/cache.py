@@ -25,10 +25,10 @@ import numpy.typing as npt
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Of the form of entries; a newer trm_dist does not read what an older one has made."""
 
-_INPUTS, _LABELS, _PUZZLES = "inputs.u8", "labels.i16", "puzzles.i32"
+_INPUTS, _LABELS, _PUZZLES = "inputs.u8", "labels.u8", "puzzles.i32"
 _META = "meta.json"
 _PARTIAL, _MAKING, _IN_USE = ".partial", ".making", ".in-use"
 _TELL_EVERY_S = 10.0
@@ -44,7 +44,7 @@ class Entry:
 
     inputs: npt.NDArray[np.uint8]
     """[N, L]."""
-    labels: npt.NDArray[np.int16]
+    labels: npt.NDArray[np.uint8]
     """[N, L]."""
     puzzles: npt.NDArray[np.int32] | None
     """Which puzzle each sample belongs to, [N]; None: all to the first."""
@@ -64,14 +64,14 @@ class Sink:
     def write(
         self,
         inputs: npt.NDArray[np.uint8],
-        labels: npt.NDArray[np.int16],
+        labels: npt.NDArray[np.uint8],
         puzzles: npt.NDArray[np.int32] | None = None,
     ) -> None:
         """Append samples, both [n, L], and their puzzles, [n], for all samples or for none."""
         self.num_samples += len(inputs)
         self.seq_len = inputs.shape[1]
         self._inputs.write(inputs.tobytes())
-        self._labels.write(labels.astype("<i2", copy=False).tobytes())
+        self._labels.write(labels.tobytes())
         if puzzles is not None:
             self._puzzles.write(puzzles.astype("<i4").tobytes())
 
@@ -133,8 +133,7 @@ def _open(path: str) -> Entry | None:
         shape = meta["num_samples"], meta["seq_len"]
         names = (_INPUTS, _LABELS, *([_PUZZLES] if meta["has_puzzles"] else []))
         pages = tuple(_map(os.path.join(path, name)) for name in names)
-        inputs = np.frombuffer(pages[0], np.uint8).reshape(shape)
-        labels = np.frombuffer(pages[1], "<i2").astype(np.int16, copy=False).reshape(shape)
+        inputs, labels = (np.frombuffer(each, np.uint8).reshape(shape) for each in pages[:2])
         puzzles = None
         if meta["has_puzzles"]:
             puzzles = np.frombuffer(pages[2], "<i4").astype(np.int32, copy=False).reshape(shape[0])

@@ -15,9 +15,6 @@ NUM_TOKENS = 256
 PAD = 0x00
 END = 0x03
 SEPARATOR = 0x1E
-IGNORED = -100
-"""Label of a position that counts nowhere."""
-
 _SEPARATOR, _END = bytes([SEPARATOR]), bytes([END])
 _CLEANED = bytes.maketrans(bytes([PAD, END, SEPARATOR]), b"   ")
 
@@ -28,8 +25,8 @@ class Encoded:
 
     inputs: npt.NDArray[np.uint8]
     """Tokens of the questions, [N, L]."""
-    labels: npt.NDArray[np.int16]
-    """Tokens of the answers, [N, L]; IGNORED behind them."""
+    labels: npt.NDArray[np.uint8]
+    """Tokens of the answers, [N, L]; PAD, which counts nowhere, behind them."""
     is_cut: npt.NDArray[np.bool_]
     """Whether anything was cut to get there, [N]."""
 
@@ -44,19 +41,32 @@ def encode(records: Iterable[tuple[str, str, str]], seq_len: int) -> Encoded:
         records: Context, query and completion of each.
         seq_len: L.
     """
-    asked, answers = [], []
+    # A character has a byte at least, so one more than fit shows as well that it is cut.
+    cut = (
+        (
+            _to_bytes(context[-seq_len - 1 :]),
+            _to_bytes(query[-seq_len - 1 :]),
+            _to_bytes(completion[: seq_len + 1]),
+        )
+        for context, query, completion in records
+    )
+    return pack(cut, seq_len)
+
+
+def pack(records: Iterable[tuple[bytes, bytes, bytes]], seq_len: int) -> Encoded:
+    """Mark the bytes of records, without marks so far, and lay them into `seq_len` positions."""
+    questions, answers = [], []
     for context, query, completion in records:
-        # A character has a byte at least, so one more than fit shows as well that it is cut.
-        question = _to_bytes(query[-seq_len - 1 :])
-        if context:
-            question = _to_bytes(context[-seq_len - 1 :]) + _SEPARATOR + question
-        asked.append(question)
-        answers.append(_to_bytes(completion[: seq_len + 1]) + _END)
-    asked_lengths, lengths = (np.fromiter(map(len, each), np.int64) for each in (asked, answers))
-    inputs = _rows([each[-seq_len:] for each in asked], seq_len)
-    labels = _rows([each[:seq_len] for each in answers], seq_len).astype(np.int16)
-    labels[np.arange(seq_len) >= lengths[:, None]] = IGNORED
-    return Encoded(inputs, labels, np.maximum(asked_lengths, lengths) > seq_len)
+        questions.append(context + _SEPARATOR + query if context else query)
+        answers.append(completion + _END)
+    asked_lengths, lengths = (
+        np.fromiter(map(len, each), np.int64) for each in (questions, answers)
+    )
+    return Encoded(
+        _rows([each[-seq_len:] for each in questions], seq_len),
+        _rows([each[:seq_len] for each in answers], seq_len),
+        np.maximum(asked_lengths, lengths) > seq_len,
+    )
 
 
 def decode(tokens: npt.ArrayLike) -> str:

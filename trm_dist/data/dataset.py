@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 Overlong = Literal["truncate", "drop"]
 Grids = npt.NDArray[np.uint8]
 
+IGNORED = -100
+"""Label of a position that counts nowhere."""
+
 SUDOKU4, SUDOKU9 = "sudoku4:", "sudoku9:"
 DEFAULT_TEXT_LENGTH = 256
 _PART = 4096
@@ -45,8 +48,8 @@ class Dataset:
     url: str
     inputs: npt.NDArray[np.uint8]
     """Tokens of the question, [N, L]."""
-    labels: npt.NDArray[np.int16]
-    """Tokens of the answer, [N, L]; -100 where a position does not count."""
+    labels: npt.NDArray[np.uint8]
+    """Tokens of the answer, [N, L]."""
     num_tokens: int
     codec: str
     sha256: str
@@ -62,6 +65,8 @@ class Dataset:
     num_puzzles: int = 1
     puzzles_sha256: str = ""
     """Of these numbers; empty: there are none."""
+    ignored: int | None = None
+    """The token of labels that counts nowhere; None: all count."""
 
     @property
     def num_samples(self) -> int:
@@ -104,6 +109,8 @@ class Dataset:
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return inputs and labels of some samples, both int64 [len(samples), L].
 
+        A label is IGNORED where a position does not count.
+
         The first N are the samples themselves, the next N a disguise of each, and so on.
         """
         places = samples % len(self.inputs)
@@ -114,6 +121,8 @@ class Dataset:
             hidden = disguise(questions, answers, samples[is_disguised])
             for each, other in zip(rows, hidden, strict=True):
                 each[is_disguised] = other
+        if self.ignored is not None:
+            rows[1][rows[1] == self.ignored] = IGNORED
         for pages in self.pages:
             # They stay in the kernel's cache; this process does not grow with the data.
             pages.madvise(mmap.MADV_DONTNEED)
@@ -177,6 +186,7 @@ def open_dataset(
         puzzles=entry.puzzles,
         num_puzzles=meta.get("num_puzzles", 1),
         puzzles_sha256=meta.get("puzzles_sha256", ""),
+        ignored=meta["ignored"],
     )
     return dataset.with_augment(augment).with_length(seq_len)
 
@@ -236,7 +246,7 @@ def _in_memory(build: Build) -> Entry:
         def write(
             self,
             inputs: npt.NDArray[np.uint8],
-            labels: npt.NDArray[np.int16],
+            labels: npt.NDArray[np.uint8],
             puzzles: npt.NDArray[np.int32] | None = None,
         ) -> None:
             parts.append((inputs, labels))
@@ -268,13 +278,14 @@ def _build_sudoku(url: str, sink: Sink) -> dict[str, Any]:
             f"{kind}:test, and if wanted ?count=N&seed=N{options} with a count up to "
             f"{sudoku.MAX_PUZZLES}."
         ) from error
-    sink.write(questions, answers.astype(np.int16))
+    sink.write(questions, answers)
     content = hashlib.sha256(questions.tobytes() + answers.tobytes())
     num_tokens = sudoku.NUM_TOKENS if kind == "sudoku4" else sudoku9.NUM_TOKENS
     return {
         "url": url,
         "num_tokens": num_tokens,
         "codec": kind,
+        "ignored": None,
         "sha256": content.hexdigest(),
         "notes": {},
     }
@@ -302,13 +313,14 @@ def _build_csv(url: str, num_bytes: int | None, sink: Sink) -> dict[str, Any]:
         for part in batched(sudoku9.read_csv(url, lines), _PART):
             num_rows += len(part)
             questions, answers = zip(*part, strict=True)
-            sink.write(sudoku9.tokens(questions), sudoku9.tokens(answers).astype(np.int16))
+            sink.write(sudoku9.tokens(questions), sudoku9.tokens(answers))
     if not num_rows:
         raise DataError(f"{url} holds no puzzles. Give a file with at least one.")
     return {
         "url": url,
         "num_tokens": sudoku9.NUM_TOKENS,
         "codec": "sudoku9",
+        "ignored": None,
         "sha256": content.hexdigest(),
         "notes": {},
     }
@@ -347,6 +359,7 @@ def _build_text(
         "url": url,
         "num_tokens": codec.NUM_TOKENS,
         "codec": "bytes",
+        "ignored": codec.PAD,
         "sha256": file.sha256,
         "notes": {
             "truncated": num_cut if overlong == "truncate" else 0,

@@ -12,10 +12,11 @@ import struct
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import IO
 
@@ -29,6 +30,17 @@ MOST = 8
 """Helpers; one process that reads, hashes and writes cannot feed more."""
 WORTH_BYTES = 32 << 20
 """A smaller file is encoded before they have started."""
+
+_ENVIRONMENT = {
+    # There are many, and each has as many idle threads of its mathematics as there are cores.
+    "OMP_NUM_THREADS": "1",
+    # What one block took is for the next: the kernel would have to clear it again.
+    "MALLOC_MMAP_THRESHOLD_": str(256 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+}
+_PIPE_BYTES = 1 << 20
+"""The most that everybody may have; less means more switches from one process to another."""
 
 _SIZE = struct.Struct("<q")
 _ANSWER = struct.Struct("<?qqq")
@@ -170,11 +182,10 @@ class _Helper:
             self._process = None
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        # There are many, and each has as many idle threads of its mathematics as there are cores.
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return subprocess.Popen(  # noqa: S603 our own module
             [sys.executable, "-m", "trm_dist.data.encoders", str(self._seq_len)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | _ENVIRONMENT,
+            pipesize=_PIPE_BYTES,
             start_new_session=True,  # Ctrl+C ends who asks, and so the pipe
         )  # fmt: skip
 
@@ -183,7 +194,7 @@ class _Helper:
         num_bytes = num_rows * self._seq_len
         return Encoded(
             np.frombuffer(_take(source, num_bytes), np.uint8).reshape(shape),
-            np.frombuffer(_take(source, 2 * num_bytes), np.int16).reshape(shape),
+            np.frombuffer(_take(source, num_bytes), np.uint8).reshape(shape),
             np.frombuffer(_take(source, num_rows), np.bool_),
         )
 
@@ -195,16 +206,33 @@ def _take(source: IO[bytes], num_bytes: int) -> bytes:
     return raw
 
 
+def _fastest() -> Callable[[bytes, int], EncodedLines]:
+    """Return what encodes lines: pyarrow's parser first, where it is installed."""
+    try:
+        from trm_dist.data.columns import encode_plain
+    except ImportError:
+        return partial(encode_lines, "")
+
+    def encode_block(raw: bytes, seq_len: int) -> EncodedLines:
+        if plain := encode_plain(raw, seq_len):
+            encoded, num_lines = plain
+            return EncodedLines(encoded, num_lines, num_lines)
+        return encode_lines("", raw, seq_len)
+
+    return encode_block
+
+
 def main() -> None:
     """Encode blocks until there are no more."""
     gc.disable()  # nothing here refers to itself
+    encode_block = _fastest()
     seq_len = int(sys.argv[1])
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     with suppress(EOFError, BrokenPipeError):
         while True:
             block = _take(source, *_SIZE.unpack(_take(source, _SIZE.size)))
             try:
-                found = encode_lines("", block, seq_len)
+                found = encode_block(block, seq_len)
             except DataError:
                 sink.write(_ANSWER.pack(False, 0, 0, 0))
             else:

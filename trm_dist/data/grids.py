@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from trm_dist.data.cache import Sink
-from trm_dist.data.codec import IGNORED
 from trm_dist.errors import DataError
 
 DESCRIPTION = "dataset.json"
@@ -66,15 +65,14 @@ def build(folder: str, sink: Sink) -> dict[str, Any]:
                 f"{DESCRIPTION}. Mend one of them."
             )
         content.update(questions.tobytes() + answers.tobytes())
-        if sizes["ignore_label_id"] is not None:
-            answers[answers == sizes["ignore_label_id"]] = IGNORED
         numbers = puzzles.of_rows(start, len(questions)) if puzzles else None
-        sink.write(questions, answers, numbers)
+        sink.write(questions, answers.astype(np.uint8), numbers)
         of_puzzles.update(b"" if numbers is None else numbers.tobytes())
     found = {
         "url": folder,
         "num_tokens": sizes["vocab_size"],
         "codec": "grid",
+        "ignored": sizes["ignore_label_id"],
         "sha256": content.hexdigest(),
         "notes": {},
     }

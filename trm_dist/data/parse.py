@@ -10,13 +10,13 @@ import orjson
 
 from trm_dist.errors import DataError
 
-_SPELLINGS = (
-    # context, query, completion; the first two may be missing, but not both
+SPELLINGS = (
     ("context", "query", "completion"),
     ("input", "instruction", "output"),
     ("", "prompt", "response"),
 )
-
+"""Keys of context, query and completion; the first one of which the completion and a question are
+there counts."""
 
 _TEXT = {str}
 """Types of a record's values."""
@@ -77,7 +77,7 @@ def as_record(url: str, number: int, item: Any) -> Record:
         DataError: It is none.
     """
     keys = item.keys() if isinstance(item, dict) else ()
-    for names in _SPELLINGS:
+    for names in SPELLINGS:
         context, query, completion = names
         if completion in keys and (query in keys or context in keys):
             values = [item.get(name) or "" for name in names]
