@@ -33,6 +33,11 @@ def made(raw: bytes) -> EncodedLines | None:
     return found and EncodedLines(found[0], found[1], found[1])
 
 
+def other(value: bytes) -> bytes:
+    """Return a line with one more value, which is not looked at."""
+    return b'{"prompt": "q", "response": "a", "other": %b}' % value
+
+
 def is_right(raw: bytes) -> bool:
     """Tell whether nothing was made, or the same as record by record."""
     found = made(raw)
@@ -104,6 +109,10 @@ def test_empty_values_and_keys_that_are_not_everywhere_are_seen(records: list[ob
         b'{"prompt": "q", "response": "a",}',
         b'{"prompt": "q", "response": "a\tb"}',
         b'{"prompt": "q", "response": "\\x"}',
+        *(other(each) for each in (b"Inf", b"-Inf", b"-NaN", b"[Inf , 1]", b"9" * 4301)),
+        other(b"[" * 1024 + b"]" * 1024),
+        other(b'{"a":' * 1024 + b"1" + b"}" * 1024),
+        b'{"": 0.5, "prompt": "q", "response": "a"}',
         b'["q", "a"]',
         b"null",
         b"{}",
@@ -121,6 +130,23 @@ def test_what_is_not_plain_is_left_alone(line: bytes) -> None:
 def test_odd_line_is_never_read_otherwise(line: bytes) -> None:
     assert is_right(line)
     assert is_right(b"%b\n%b\n%b\n" % (GOOD, line, GOOD))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"": "c", "prompt": "q", "response": "a"}',
+        b'{"": "c", "response": "a"}',
+        other(b"[" * 1023 + b"]" * 1023),
+        other(b"9" * 500),
+        other(b'"Infer Info NaN"'),
+    ],
+)
+def test_what_is_seldom_but_plain_is_made(line: bytes) -> None:
+    found = made(line)
+
+    assert found is not None
+    assert is_same(found, encode_lines("", line, L))
 
 
 def test_lines_that_ask_in_different_keys_are_left_alone() -> None:

@@ -18,6 +18,13 @@ from trm_dist.data.parse import SPELLINGS
 
 _HIDING = re.compile(rb"\\u00(0[03]|1[eE]|[67])")
 """Escapes of the codec's marks, and of letters, which a key is looked for by."""
+_INF = re.compile(rb"Inf[\s,\]}]")
+"""With -NaN the names of numbers that pyarrow knows and json does not."""
+_FEW_DIGITS, _STEP = 640, 64
+"""Digits that int() never refuses, and a part of them."""
+_DIGITS = re.compile(rb"[0-9]{%d}" % (_FEW_DIGITS // _STEP))
+_LEVELS = 1024
+"""How deep orjson goes."""
 
 Cut = Callable[[Any, Any], tuple[Any, Any]]
 """What is wanted of a text, of where it starts and ends."""
@@ -37,14 +44,15 @@ def encode_plain(raw: bytes, seq_len: int) -> tuple[Encoded, int] | None:
     names = next((each for each in SPELLINGS if b'"%s"' % each[-1].encode() in lines), None)
     num_lines = _count(lines)
     is_hiding = _has(lines, b"\\u") and _HIDING.search(lines)
-    if names is None or not num_lines or is_hiding:
+    is_odd = _INF.search(lines) or (_has(lines, b"-N") and b"-NaN" in lines)
+    if names is None or not num_lines or is_hiding or is_odd:
         return None
     try:
         # pyarrow's parser leaves wrong UTF-8 as it is.
         _text_array(lines).validate(full=True)
-        table = _read(lines, tuple(filter(None, names)))
-        columns = [_column(table, each) for each in names]
-    except pa.ArrowException:
+        table = _read(lines, names)
+        columns = [table.column(each).combine_chunks() for each in names]
+    except (pa.ArrowException, OverflowError):  # the latter for 2 GiB
         return None
     context, query, completion = columns
     is_asked = not (context.null_count and query.null_count)
@@ -63,11 +71,18 @@ def encode_plain(raw: bytes, seq_len: int) -> tuple[Encoded, int] | None:
 
 
 def _count(lines: bytes) -> int:
-    """Return how many lines there are; 0: not each of them begins and ends as an object does."""
+    """Return how many lines there are; 0: one may not be an object, or be too much for json."""
     framed = np.frombuffer(b"}\n%b\n{" % lines, np.uint8)
     ends = np.flatnonzero(framed == ord("\n"))
     is_whole = (framed[ends - 1] == ord("}")) & (framed[ends + 1] == ord("{"))
-    return len(ends) - 1 if is_whole.all() else 0
+    is_long = np.diff(ends) > _FEW_DIGITS
+    if not is_whole.all() or (is_long.any() and _DIGITS.search(lines[::_STEP])):
+        return 0
+    for start, end in zip(ends[:-1][is_long].tolist(), ends[1:][is_long].tolist(), strict=True):
+        is_opening = framed[start:end] | 0x20 == ord("{")  # [ as well
+        if np.count_nonzero(is_opening) > _LEVELS:
+            return 0
+    return len(ends) - 1
 
 
 def _has(text: bytes, pair: bytes) -> bool:
@@ -86,13 +101,6 @@ def _read(lines: bytes, names: tuple[str, ...]) -> Any:
     )
 
 
-def _column(table: Any, name: str) -> Any:
-    """Return a column; of nulls, if no spelling has a name for it."""
-    if not name:
-        return pa.nulls(len(table), pa.string())
-    return table.column(name).combine_chunks()
-
-
 def _text_array(text: bytes) -> Any:
     offsets = np.array([0, len(text)], np.int32)
     return pa.StringArray.from_buffers(1, pa.py_buffer(offsets), pa.py_buffer(text))
@@ -101,7 +109,7 @@ def _text_array(text: bytes) -> Any:
 def _cut(column: Any, wanted: Cut) -> Iterator[bytes]:
     """Yield what is wanted of each text; nothing where it is null."""
     _, offsets, data = column.buffers()
-    ends = np.frombuffer(offsets, np.int32)[column.offset :][: len(column) + 1]
+    ends = np.frombuffer(offsets, np.int32)[column.offset :][: len(column) + 1].astype(np.int64)
     text = data.to_pybytes() if data else b""
     for start, end in zip(*(each.tolist() for each in wanted(ends[:-1], ends[1:])), strict=True):
         yield text[start:end]
