@@ -270,6 +270,15 @@ def test_folder_that_does_not_fit_is_told(
         open_dataset(folder(tmp_path / "maze", **changes), seq_len=0)
 
 
+@pytest.mark.parametrize("name", ["inputs", "labels"])
+@pytest.mark.parametrize("token", [256 + 2, (1 << 16) + 2, (1 << 16) - 1])
+def test_token_of_no_byte_is_told(tmp_path: Path, name: str, token: int) -> None:
+    url = folder(tmp_path / "maze")
+    np.save(tmp_path / "maze" / f"all__{name}.npy", np.full((3, 4), token))
+    with pytest.raises(DataError, match="not below vocab_size 6"):
+        open_dataset(url, seq_len=0)
+
+
 @pytest.mark.parametrize("name", ["all__inputs.npy", "all__labels.npy"])
 def test_missing_or_broken_file_of_a_folder_is_named(tmp_path: Path, name: str) -> None:
     where = folder(tmp_path / "maze")

@@ -57,16 +57,17 @@ def build(folder: str, sink: Sink) -> dict[str, Any]:
     puzzles = _read_puzzles(folder, sizes, len(inputs)) if _has_puzzles(folder) else None
     content, of_puzzles = hashlib.sha256(), hashlib.sha256()
     for start in range(0, len(inputs), _PART):
-        questions = np.asarray(inputs[start : start + _PART]).astype(np.uint8)
-        answers = np.asarray(labels[start : start + _PART]).astype(np.int16)
+        questions, answers = (np.asarray(each[start : start + _PART]) for each in (inputs, labels))
         if max(questions.max(), answers.max()) >= sizes["vocab_size"]:
             raise DataError(
                 f"--dataset {folder}: a token is not below vocab_size {sizes['vocab_size']} of "
                 f"{DESCRIPTION}. Mend one of them."
             )
-        content.update(questions.tobytes() + answers.tobytes())
+        questions, answers = questions.astype(np.uint8), answers.astype(np.uint8)
+        # Labels as int16: a checkpoint compares what was hashed before they were kept as bytes.
+        content.update(questions.tobytes() + answers.astype(np.int16).tobytes())
         numbers = puzzles.of_rows(start, len(questions)) if puzzles else None
-        sink.write(questions, answers.astype(np.uint8), numbers)
+        sink.write(questions, answers, numbers)
         of_puzzles.update(b"" if numbers is None else numbers.tobytes())
     found = {
         "url": folder,
