@@ -90,6 +90,12 @@ def test_helpers_make_the_same_in_the_same_order(num_helpers: int) -> None:
     assert helpers() == []
 
 
+def test_helpers_work_with_pipes_that_may_not_be_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trm_dist.data.encoders._PIPE_BYTES", (1 << 31) - 1)
+
+    assert None not in [answer for _, answer in answers(blocks(), L, 1)]
+
+
 def test_no_helpers_leave_everything_to_the_caller() -> None:
     assert list(answers([GOOD, GOOD], L, 0)) == [(GOOD, None)] * 2
 

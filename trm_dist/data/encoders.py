@@ -6,6 +6,7 @@ a block with an error in it, and one whose helper was killed, is left to the cal
 it as if there were no helpers. So there is one place that tells errors, and nothing to repair.
 """
 
+import fcntl
 import gc
 import os
 import struct
@@ -182,12 +183,15 @@ class _Helper:
             self._process = None
 
     def _start(self) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(  # noqa: S603 our own module
+        process = subprocess.Popen(  # noqa: S603 our own module
             [sys.executable, "-m", "trm_dist.data.encoders", str(self._seq_len)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | _ENVIRONMENT,
-            pipesize=_PIPE_BYTES,
             start_new_session=True,  # Ctrl+C ends who asks, and so the pipe
         )  # fmt: skip
+        for pipe in filter(None, (process.stdin, process.stdout)):
+            with suppress(OSError):  # all pipes of a user have a limit as well
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        return process
 
     def _arrays(self, source: IO[bytes], num_rows: int) -> Encoded:
         shape = num_rows, self._seq_len
@@ -207,10 +211,10 @@ def _take(source: IO[bytes], num_bytes: int) -> bytes:
 
 
 def _fastest() -> Callable[[bytes, int], EncodedLines]:
-    """Return what encodes lines: pyarrow's parser first, where it is installed."""
+    """Return what encodes lines: pyarrow's parser first, where it works."""
     try:
         from trm_dist.data.columns import encode_plain
-    except ImportError:
+    except Exception:  # noqa: BLE001 whatever is wrong with it, it is not needed
         return partial(encode_lines, "")
 
     def encode_block(raw: bytes, seq_len: int) -> EncodedLines:
