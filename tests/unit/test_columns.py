@@ -138,7 +138,7 @@ def test_odd_line_is_never_read_otherwise(line: bytes) -> None:
         b'{"": "c", "prompt": "q", "response": "a"}',
         b'{"": "c", "response": "a"}',
         other(b"[" * 1023 + b"]" * 1023),
-        other(b"9" * 500),
+        other(b"9" * 4000 + b".0"),
         other(b'"Infer Info NaN"'),
     ],
 )

@@ -20,11 +20,8 @@ _HIDING = re.compile(rb"\\u00(0[03]|1[eE]|[67])")
 """Escapes of the codec's marks, and of letters, which a key is looked for by."""
 _INF = re.compile(rb"Inf[\s,\]}]")
 """With -NaN the names of numbers that pyarrow knows and json does not."""
-_FEW_DIGITS, _STEP = 640, 64
-"""Digits that int() never refuses, and a part of them."""
-_DIGITS = re.compile(rb"[0-9]{%d}" % (_FEW_DIGITS // _STEP))
-_LEVELS = 1024
-"""How deep orjson goes."""
+_DIGITS, _LEVELS = 4300, 1024
+"""The most that int() and orjson take of a value."""
 
 Cut = Callable[[Any, Any], tuple[Any, Any]]
 """What is wanted of a text, of where it starts and ends."""
@@ -75,8 +72,9 @@ def _count(lines: bytes) -> int:
     framed = np.frombuffer(b"}\n%b\n{" % lines, np.uint8)
     ends = np.flatnonzero(framed == ord("\n"))
     is_whole = (framed[ends - 1] == ord("}")) & (framed[ends + 1] == ord("{"))
-    is_long = np.diff(ends) > _FEW_DIGITS
-    if not is_whole.all() or (is_long.any() and _DIGITS.search(lines[::_STEP])):
+    is_long = np.diff(ends) > 2 * _LEVELS  # the others are too short for that, or so many digits
+    is_digit = framed[:: _DIGITS // 10] - ord("0") < 10  # unsigned
+    if not is_whole.all() or (is_long.any() and b"\1" * 10 in is_digit.tobytes()):
         return 0
     for start, end in zip(ends[:-1][is_long].tolist(), ends[1:][is_long].tolist(), strict=True):
         is_opening = framed[start:end] | 0x20 == ord("{")  # [ as well
