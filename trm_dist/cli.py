@@ -42,7 +42,7 @@ from trm_dist.errors import (
     UserError,
 )
 from trm_dist.launch.job import LaunchConfig, job_of
-from trm_dist.logs import say, tell
+from trm_dist.logs import forget_reader, say, tell
 
 Kind = TypeVar("Kind")
 
@@ -160,8 +160,8 @@ def _parse(
         if error.code == 0:
             raise
         raise _UsageError("") from error
-    except BrokenPipeError:  # who reads the help has seen enough, and what is left goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        forget_reader()
         raise SystemExit(0) from None
     return parsed
 

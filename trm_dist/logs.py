@@ -1,6 +1,7 @@
 """Everything that leaves the process in words: log records, messages, results."""
 
 import logging
+import os
 import sys
 from contextlib import suppress
 
@@ -37,6 +38,14 @@ def tell(message: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print a result on stdout."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    """Print a result on stdout; where the reader has left, the command still comes to its end."""
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        forget_reader()
+
+
+def forget_reader() -> None:
+    """Send what is still printed on stdout nowhere: who read it has seen enough."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -186,3 +186,14 @@ def test_help_that_nobody_reads_to_its_end_is_no_error() -> None:
         assert process.stderr is not None, "a pipe"
         assert process.stderr.read() == b""
     assert process.returncode == 0
+
+
+def test_command_whose_reader_has_left_comes_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint_latest.pt").write_bytes(b"damaged")
+    command = [sys.executable, "-m", "trm_dist", "verify", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None, "a pipe"
+        process.stdout.close()
+        assert process.stderr is not None, "a pipe"
+        assert process.stderr.read() == b""
+    assert process.returncode == 1, "what it has found still counts"
