@@ -486,6 +486,23 @@ def test_file_of_another_directory_begins_a_branch_of_a_new_run(
     assert place(start) == (1, 10)
 
 
+@pytest.mark.parametrize("has_record", [True, False])
+def test_file_of_another_run_does_not_replace_the_run_of_a_used_directory(
+    store: LocalStore, tmp_path: Path, has_record: bool
+) -> None:
+    other = LocalStore(str(tmp_path / "other"))
+    train(other, "launch-1", 10)
+    train(store, "launch-2", 20)
+    if not has_record:
+        store.delete(RECORD)
+
+    with pytest.raises(ResumeError, match=r"is of another run than .* add --overwrite"):
+        choose(store, "launch-3", resume=path_of(other, LATEST))
+
+    asked = choose(store, "launch-3", resume=path_of(other, LATEST), overwrite=True)
+    assert place(asked) == (1, 10)
+
+
 def test_branch_from_another_directory_is_continued(store: LocalStore, tmp_path: Path) -> None:
     other = LocalStore(str(tmp_path / "other"))
     train(other, "launch-1", 10)

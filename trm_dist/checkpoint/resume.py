@@ -140,6 +140,12 @@ def _branch(here: "_Here", config: CheckpointConfig, *, launch_id: str, is_resta
     origin = _read_origin(config.resume)
     if run is not None and run.origin == origin.seal.digest and not config.overwrite:
         return here.newest() or Start(run, config.resume, origin.state)
+    is_foreign = run is not None and run.run_id != origin.seal.summary["run_id"]
+    if is_foreign and here.found and not config.overwrite:
+        raise ResumeError(
+            f"--resume {config.resume}: this is of another run than {here.store.url}, whose newest "
+            "state it would replace. Choose another --checkpoint-dir, or add --overwrite."
+        )
     begun = (run or Run.fresh(launch_id)).next_branch(origin.seal.digest, where, launch_id)
     return Start(begun, config.resume, origin.state)
 
