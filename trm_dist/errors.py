@@ -39,6 +39,13 @@ class UserError(TrmDistError, ValueError):
     """The user must change something before a retry can help."""
 
 
+def is_away(error: UserError) -> bool:
+    """Tell whether a store could not be reached, which may be otherwise in a moment."""
+    return isinstance(error.__cause__, OSError) and not isinstance(
+        error.__cause__, FileNotFoundError | IsADirectoryError | PermissionError
+    )
+
+
 class ConfigError(UserError):
     """A flag has a value that cannot work."""
 

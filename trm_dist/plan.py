@@ -22,7 +22,7 @@ from trm_dist.config import Config, DataConfig, Settings, check_sizes, derived_s
 from trm_dist.data.cache import Cache, default_directory
 from trm_dist.data.dataset import Dataset, open_dataset, preload
 from trm_dist.elastic.device import check_compiler, compiler_name, device_name
-from trm_dist.errors import ConfigError, DataError, ResumeError
+from trm_dist.errors import ConfigError, DataError, ResumeError, StoreAwayError, is_away
 from trm_dist.model.optim import VARIANTS
 from trm_dist.model.trm import Shape, Trm, num_parameters
 from trm_dist.observe import curves
@@ -132,11 +132,17 @@ def from_message(message: bytes, state: dict[str, Any] | None, config: Config) -
 
     Raises:
         DataError: This node's data are not the writer's.
+        StoreAwayError: They cannot be reached from this node.
     """
     sent: dict[str, Any] = json.loads(message)
     values = sent["values"] | {"device": config.train.device}
     settings = Settings(Config().with_values(values), sent["origins"])
-    plan = _with_data(settings, Start(Run(**sent["run"]), sent["source"], state))
+    try:
+        plan = _with_data(settings, Start(Run(**sent["run"]), sent["source"], state))
+    except DataError as error:
+        if is_away(error):
+            raise StoreAwayError(str(error)) from error
+        raise
     for each, expected in zip(_datasets(plan), sent["sha256"], strict=True):
         if each.sha256 + each.puzzles_sha256 != expected:
             raise DataError(

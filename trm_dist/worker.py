@@ -61,6 +61,7 @@ from trm_dist.errors import (
     TrainingError,
     TrmDistError,
     UserError,
+    is_away,
 )
 from trm_dist.events import Emit, Stopped
 from trm_dist.logs import tell
@@ -318,10 +319,7 @@ def _plan_patiently(
         try:
             return _plan_as_writer(store, memory, persister, config, given)
         except UserError as error:
-            is_away = isinstance(error.__cause__, OSError) and not isinstance(
-                error.__cause__, FileNotFoundError | IsADirectoryError | PermissionError
-            )
-            if not (is_away and is_patient):
+            if not (is_away(error) and is_patient):
                 raise
             if time.monotonic() > give_up_at:
                 if is_under_launch(os.environ):

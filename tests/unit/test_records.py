@@ -11,7 +11,7 @@ import pytest
 from trm_dist.data.codec import SEPARATOR, decode
 from trm_dist.data.parse import Record
 from trm_dist.data.records import RecordFile
-from trm_dist.errors import DataError
+from trm_dist.errors import DataError, is_away
 
 GOOD = {"context": "c", "query": "q", "completion": "a"}
 RECORD = Record("c", "q", "a")
@@ -139,11 +139,38 @@ def test_missing_file_in_a_store_is_named(memory: fsspec.AbstractFileSystem) -> 
 
 
 def test_directory_cannot_be_read(tmp_path: Path) -> None:
-    assert f"--dataset {tmp_path} cannot be read" in message_of(str(tmp_path))
+    message = message_of(str(tmp_path))
+
+    assert f"--dataset {tmp_path} cannot be read: it is a directory without dataset.json" in message
 
 
 def test_unknown_protocol_cannot_be_read() -> None:
     assert "--dataset nowhere://x.json cannot be read" in message_of("nowhere://x.json")
+
+
+class NoCredentialsError(Exception):
+    """As botocore has it; no OSError."""
+
+
+@pytest.mark.parametrize(
+    ("trouble", "may_pass"),
+    [(NoCredentialsError("no keys"), False), (RuntimeError("no route to the server"), True)],
+)
+def test_file_system_with_errors_of_its_own_is_told_like_any_other(
+    memory: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch, trouble: Exception,
+    may_pass: bool,
+) -> None:  # fmt: skip
+    def fail(*_: object, **__: object) -> None:
+        raise trouble
+
+    monkeypatch.setattr(type(memory), "_open", fail)
+
+    with pytest.raises(
+        DataError, match=f"--dataset memory://records/a.json .* {trouble}"
+    ) as caught:
+        read(RecordFile("memory://records/a.json"))
+
+    assert is_away(caught.value) is may_pass
 
 
 @pytest.mark.parametrize(

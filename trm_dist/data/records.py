@@ -4,6 +4,7 @@ Accepted: a list of records, `{"metadata": ..., "data": [...]}`, or one record a
 .ndjson).
 """
 
+import errno
 import hashlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -183,8 +184,18 @@ def _reading(url: str, read: Callable[[], Any]) -> Any:
         return read()
     except FileNotFoundError as error:
         raise DataError(f"--dataset {url}: there is no such file. Check the path.") from error
+    except IsADirectoryError as error:
+        raise DataError(
+            f"--dataset {url} cannot be read: it is a directory without dataset.json. Give a file."
+        ) from error
     except (OSError, ValueError, ImportError) as error:
         raise DataError(f"--dataset {url} cannot be read: {error}. Check the URL.") from error
+    except Exception as error:  # noqa: BLE001 each file system has errors of its own
+        is_refused = "Credentials" in type(error).__name__
+        cause = OSError(errno.EACCES if is_refused else errno.EIO, str(error))
+        raise DataError(
+            f"--dataset {url} cannot be read: {error}. Check the URL and its credentials."
+        ) from cause
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
