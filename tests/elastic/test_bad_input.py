@@ -49,6 +49,11 @@ FLAGS = {
 }
 
 
+def test_rendezvous_takes_only_a_port(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rendezvous", "--port", "65536"]) == 2
+    assert capsys.readouterr().err == "trm_dist: --port 65536 is not a port.\n"
+
+
 NO_GPUS = {"CUDA_VISIBLE_DEVICES": ""}
 
 

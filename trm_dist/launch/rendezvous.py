@@ -26,6 +26,8 @@ def serve(host: str, port: int) -> int:
     Raises:
         ConfigError: The address cannot be listened on.
     """
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"--port {port} is not a port.")
     ending = threading.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda _signum, _frame: ending.set())
