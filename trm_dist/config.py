@@ -78,7 +78,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self, "batch_size", lambda value: value >= 1, "must be at least 1")
         for name in ("shards", "cache_gb", "augment"):
-            _require(self, name, _is_size, "must not be negative")
+            _require(self, name, _is_size, "must be finite and not negative")
         _require(self, "seed", lambda value: 0 <= value < 2**63, "must be in [0, 2^63)")
         if self.shards and self.batch_size % self.shards:
             raise ConfigError(
@@ -146,12 +146,12 @@ class TrainConfig:
         for name in (
             "warmup_steps", "eval_interval", "weight_decay", "clip", "puzzle_emb_weight_decay",
         ):  # fmt: skip
-            _require(self, name, _is_size, "must not be negative")
+            _require(self, name, _is_size, "must be finite and not negative")
         for name in ("max_no_progress", "max_preemptions"):
             _require(self, name, lambda value: value >= 0, "must not be negative")
-        _require(self, "hang_timeout", _is_size, "must not be negative")
+        _require(self, "hang_timeout", _is_size, "must be finite and not negative")
         for name in ("lr", "puzzle_emb_lr"):
-            _require(self, name, lambda value: 0 < value < math.inf, "must be above 0")
+            _require(self, name, lambda value: 0 < value < math.inf, "must be finite and above 0")
         for name in ("ema", "halt_explore"):
             _require(self, name, lambda value: 0 <= value < 1, "must be in [0, 1)")
 
@@ -195,7 +195,7 @@ class CheckpointConfig:
         for name in (
             "latest_every_s", "keep_last", "keep_every", "store_deadline", "grace_period",
         ):  # fmt: skip
-            _require(self, name, _is_size, "must not be negative")
+            _require(self, name, _is_size, "must be finite and not negative")
         _require(self, "snapshot_every", lambda value: value == "auto" or value >= 1,
                  "must be at least 1, or auto")  # fmt: skip
         _require(self, "snapshot_slots", lambda value: value == 0 or 2 <= value <= 16,
@@ -216,7 +216,7 @@ class LogConfig:
     """Write event files for TensorBoard beside the checkpoints, in .trm_dist/tensorboard."""
 
     def __post_init__(self) -> None:
-        _require(self, "log_every_s", _is_size, "must not be negative")
+        _require(self, "log_every_s", _is_size, "must be finite and not negative")
         _require(self, "metrics_port", lambda port: 0 <= port < 1 << 16, "is not a port")
 
 

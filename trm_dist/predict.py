@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 from typing import Any
+from unicodedata import category
 
 import numpy as np
 import numpy.typing as npt
@@ -214,18 +215,26 @@ def _cell(token: int) -> str:
 
 
 def _draw_text(found: Answer, colours: bool) -> str:
-    said = codec.decode(found.answer)
+    said = _shown(found.answer)
     right = found.is_right
     if colours and right is not None:
         said = f"{_GREEN if right.all() else _RED}{said}{_PLAIN}"
-    lines = [f"question: {codec.decode(found.question)}", f"answer:   {said}"]
+    lines = [f"question: {_shown(found.question)}", f"answer:   {said}"]
     if found.truth is not None:
-        lines.append(f"truth:    {_truth_text(found.truth)}")
+        lines.append(f"truth:    {_shown(_counting(found.truth))}")
     return "\n".join(lines)
 
 
-def _truth_text(truth: npt.NDArray[np.int64]) -> str:
-    return codec.decode(np.where(truth == IGNORED, codec.PAD, truth))
+def _shown(tokens: npt.NDArray[np.int64]) -> str:
+    """Return text as a terminal may show it: what would command the terminal is spelled out."""
+    text = codec.decode(tokens)
+    return "".join(
+        repr(each)[1:-1] if category(each) == "Cc" and each not in "\n\t" else each for each in text
+    )
+
+
+def _counting(truth: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.where(truth == IGNORED, codec.PAD, truth)
 
 
 def _as_plain(found: Answer, kind: str) -> dict[str, Any]:
@@ -233,7 +242,7 @@ def _as_plain(found: Answer, kind: str) -> dict[str, Any]:
     shown: dict[str, Any] = {"number": found.number, "steps": found.steps}
     shown["exact"] = None if right is None else bool(right.all())
     if kind == "bytes":
-        truth = None if found.truth is None else _truth_text(found.truth)
+        truth = None if found.truth is None else codec.decode(_counting(found.truth))
         return shown | {
             "question": codec.decode(found.question), "answer": codec.decode(found.answer),
             "truth": truth,

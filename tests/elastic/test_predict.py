@@ -12,7 +12,7 @@ import torch
 from tests.elastic.harness import Training, training
 from trm_dist.cli import main
 from trm_dist.data.sudoku import BLANK
-from trm_dist.predict import Answer, _draw_puzzle
+from trm_dist.predict import Answer, _draw_puzzle, _draw_text
 
 LEARNING = {
     "--dataset": "sudoku4:train?count=600",
@@ -107,6 +107,15 @@ def test_wrong_cells_are_marked() -> None:
     assert plain.splitlines()[0] == " 1  .  .  4   |   1  2 !2  4   |   1  2  3  4"
     assert coloured.count("\x1b[31m") == 1
     assert coloured.count("\x1b[32m") == 7
+
+
+def test_text_cannot_command_the_terminal() -> None:
+    text = np.frombuffer("\x1b[2J a\x9b\r\n\tї".encode(), np.uint8).astype(np.int64)
+
+    shown = _draw_text(Answer(0, text, text, text, 1), colours=False)
+
+    assert shown.count("\\x1b[2J a\\x9b\\r\n\tї") == 3
+    assert "\x1b" not in shown
 
 
 def test_text_is_completed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
