@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -284,6 +284,27 @@ def test_newer_trainer_on_the_node_stops_the_older_for_good(make_node: Callable[
     newer.wait_for("committed")
 
 
+def test_trainer_in_another_container_with_the_same_network_and_path_writes_to_its_own_place(
+    node: Node, memory: str, tmp_path: Path
+) -> None:
+    own_place = tmp_path / "volume of the other container"
+    own_place.mkdir()
+    mount = f"mount --bind '{own_place}' {node.store.url} && exec \"$@\""
+    container = ["unshare", "--mount", "sh", "-c", mount, "sh"]
+    if subprocess.run([*container, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("another mount namespace needs root")
+    with subprocess.Popen(["sleep", "100"]) as guardian:
+        trainer = start_trainer([node.store.url, memory, str(guardian.pid)], container)
+        ask(trainer, epoch_name(1, 5))
+        guardian.kill()
+        end(trainer)
+
+    eventually(lambda: read_summary(LocalStore(str(own_place)), epoch_name(1, 5)))
+    node.publish(7)
+    node.wait_for("committed")
+    assert node.committed(epoch_name(1, 5)) == 0
+
+
 def test_older_trainer_that_publishes_first_hears_it_too(make_node: Callable[..., Node]) -> None:
     older, newer = make_node(), make_node()
     older.open()
@@ -462,8 +483,8 @@ def test_it_ends_and_leaves_no_memory_when_nobody_can_come_back(
     assert os.listdir(memory) == []
 
 
-def start_trainer(arguments: list[str]) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-c", TRAINER, *arguments]
+def start_trainer(arguments: list[str], container: Sequence[str] = ()) -> "subprocess.Popen[bytes]":
+    command = [*container, sys.executable, "-c", TRAINER, *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     trainer = subprocess.Popen(command, cwd=ROOT, **pipes)
     assert trainer.stdout is not None

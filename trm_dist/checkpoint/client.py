@@ -44,10 +44,14 @@ class PersisterClient:
 
         Args:
             url: Of the store.
-            identity: Of the store; there is one persister for each on a node.
+            identity: Of the store; there is one persister for each on a node, or in each container
+                of it.
             guardian: Process after whose end nobody will adopt the persister any more.
         """
-        name = blake2b(f"{os.getuid()} {identity}".encode(), digest_size=8).hexdigest()
+        # Containers may share the network, and so this name; the same path is another place there.
+        spaces = [os.readlink(f"/proc/self/ns/{each}") for each in ("mnt", "pid")]
+        owner = " ".join([str(os.getuid()), *spaces, identity])
+        name = blake2b(owner.encode(), digest_size=8).hexdigest()
         self._address = f"trm_dist-persister-{name}"
         self._url, self._guardian = url, guardian
         self._socket: socket.socket | None = None
