@@ -70,8 +70,9 @@ class Plan:
 
 
 def make_plan(
-    config: Config, given: Iterable[str], launch_id: str, memory: Iterable[Remembered] = ()
-) -> Plan:
+    config: Config, given: Iterable[str], launch_id: str, memory: Iterable[Remembered] = (),
+    *, is_again: bool = False,
+) -> Plan:  # fmt: skip
     """Make the writer's plan; nothing is written.
 
     Args:
@@ -79,6 +80,7 @@ def make_plan(
         given: Names of the settings that were really given.
         launch_id: Names this launch over the restarts of its workers.
         memory: Snapshots that dead workers have left on this node.
+        is_again: Whether this launch has started workers before.
 
     Raises:
         UserError: Something must be changed first; one message says what.
@@ -90,7 +92,7 @@ def make_plan(
             "path, s3://BUCKET/RUN, or another URL that lasts."
         )
     started_s = time.monotonic()
-    start = _choose_start(store, config, launch_id, memory)
+    start = _choose_start(store, config, launch_id, memory, is_again=is_again)
     restore_s = time.monotonic() - started_s
     return replace(plan_from(start, config, given), restore_s=restore_s)
 
@@ -228,12 +230,13 @@ def _check_save(url: str) -> None:
 
 
 def _choose_start(
-    store: Store, config: Config, launch_id: str, memory: Iterable[Remembered]
+    store: Store, config: Config, launch_id: str, memory: Iterable[Remembered], *, is_again: bool
 ) -> Start:
     try:
         # A launch that asks for another start is another launch, whatever its id.
         asked = blake2b(config.checkpoint.resume.encode(), digest_size=4).hexdigest()
-        return choose_start(store, config.checkpoint, f"{launch_id} {asked}", memory)
+        named = f"{launch_id} {asked}"
+        return choose_start(store, config.checkpoint, named, memory, is_again=is_again)
     except OSError as error:
         raise ResumeError(
             f"--checkpoint-dir {store.url} cannot be read: {error}. Mend that or choose another."

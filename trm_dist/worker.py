@@ -337,7 +337,10 @@ def _plan_as_writer(
     try:
         for _ in range(_MOST_PLANS):
             seen = store.entries()
-            plan = make_plan(config, given, launch_id(os.environ), remembered(memory.held()))
+            plan = make_plan(
+                config, given, launch_id(os.environ), remembered(memory.held()),
+                is_again=is_restart(os.environ),
+            )  # fmt: skip
             checkpoint = plan.config.checkpoint
             state = plan.start.state
             run = persister.open(

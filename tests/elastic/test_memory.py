@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -93,6 +94,40 @@ def test_everything_killed_goes_on_from_memory(directory: Path, undisturbed: Und
         assert told_twice(*runs) == []
         assert_same_bits(runs, undisturbed)
     assert snapshot_files() == []
+
+
+def test_memory_of_a_directory_that_was_emptied_is_not_gone_on_with(
+    directory: Path, undisturbed: Undisturbed
+) -> None:
+    with training(directory, flags=NO_COMMITS) as first:
+        first.wait_for_batches(9)
+        kill_everything(first)
+    assert len(snapshot_files()) == 1
+    shutil.rmtree(directory)
+
+    with training(directory) as second:
+        assert second.end() == 0, second.messages()
+
+    started = second.events("started")[0]
+    assert (started["source"], started["batch_count"]) == ("", 0)
+    assert_same_bits([second], undisturbed)
+
+
+def test_restarted_worker_goes_on_from_memory_though_the_directory_was_emptied(
+    directory: Path, undisturbed: Undisturbed
+) -> None:
+    with training(directory, workers=1, max_restarts=1, flags=NO_COMMITS) as run:
+        run.wait_for_batches(9)
+        worker, persister = run.worker(0), run.persister()
+        for pid in (worker, persister):  # so that the one cannot do anything about the other's end
+            kill(pid, signal.SIGSTOP)
+        shutil.rmtree(directory)
+        for pid in (persister, worker):
+            kill(pid)
+        assert run.end() == 0, run.messages()
+    assert [each["source"] for each in run.events("started")] == ["", "memory"]
+    assert told_twice(run) == []
+    assert_same_bits([run], undisturbed)
 
 
 def test_persister_saves_what_a_killed_trainer_has_left(

@@ -76,6 +76,8 @@ def choose_start(
     config: CheckpointConfig,
     launch_id: str,
     memory: Iterable[Remembered] = (),
+    *,
+    is_again: bool = False,
 ) -> Start:
     """Choose where to start; nothing is written.
 
@@ -84,15 +86,16 @@ def choose_start(
         config: `--resume` and what goes with it.
         launch_id: Names this launch; its restarted workers give the same one.
         memory: Snapshots that dead workers have left on this node.
+        is_again: Whether this launch has started workers before. Else an empty store is a new one:
+            what lies in memory was of another under the same path, or of what was there before.
 
     Raises:
         ResumeError: There is nothing valid to go on from, or `--resume never` meets checkpoints.
     """
     found = find_checkpoints(store)
     memory = list(memory)
-    run = read_run(store) or Run.rebuilt(
-        [each.seal.summary for each in found if each.seal] + [each.summary for each in memory]
-    )
+    told = [each.seal.summary for each in found if each.seal]
+    run = read_run(store) or Run.rebuilt(told + [each.summary for each in memory if is_again])
     here = _Here(store, run, found, memory)
     is_restart = run is not None and bool(run.launch_id) and run.launch_id == launch_id
     if config.resume == "never" and not is_restart:
