@@ -179,6 +179,17 @@ def test_worker_that_fails_again_and_again_ends_the_run_with_the_cause(directory
     assert len(run.events("started")) == 2
 
 
+def test_zygote_that_never_gets_ready_ends_the_run(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "torch.py").write_text("raise ImportError('no such library')")
+    flags = {"--max-no-progress": "3"}
+    path = os.pathsep.join(filter(None, [str(tmp_path / "broken"), os.environ.get("PYTHONPATH")]))
+    with training(directory, launch=2, flags=flags, variables={"PYTHONPATH": path}) as run:
+        assert run.end() == 1
+    assert run.messages().count("ImportError: no such library") == 3
+    assert "gave up: started 3 times" in run.messages().splitlines()[-1]
+
+
 def test_worker_that_fails_again_and_again_ends_torchrun(directory: Path) -> None:
     flags = {"--max-no-progress": "2"}
     with training(directory, workers=1, max_restarts=20, base=SLOW_BASE, flags=flags) as run:

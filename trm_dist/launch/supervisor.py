@@ -66,6 +66,8 @@ class Supervisor:
         self._zygote = 0
         """Its process id; 0 once it is reaped."""
         self._num_zygotes = 0
+        self._can_start = False
+        """Whether the zygote has imported what workers need."""
         self._control: socket.socket | None = None
         self._address = ""
         self._living: dict[int, dict[str, Any]] = {}
@@ -126,6 +128,7 @@ class Supervisor:
     # -- what happens ------------------------------------------------------------------------------
 
     async def _get_ready(self, event: dict[str, Any]) -> None:
+        self._can_start = True
         if not event["can_fork"]:
             logger.warning(
                 "a library has started a thread, so workers are started as commands, which takes "
@@ -179,19 +182,22 @@ class Supervisor:
         stopped = [each["rank"] for pid, each in self._living.items() if is_stopped(pid)]
         if stopped:
             self._cause += f"; stopped by a signal: worker {', '.join(map(str, stopped))}"
+        return await self._give_up(EXIT_GAVE_UP) if self._is_in_vain() else None
+
+    def _is_in_vain(self) -> bool:
+        """Count a failure, tell its cause, and tell whether another start is in vain."""
         self._budget.fail(max(each.batch_count for each in self._pulse.signs()))
         count = self._budget.failures
         logger.warning(
             "%s; starting again%s", self._cause,
-            f" for the {count}th time without a new batch" if count > 1 else "",
+            f" after {count} failures without a new batch" if count > 1 else "",
         )  # fmt: skip
-        if not self._budget.is_spent:
-            return None
-        tell(
-            f"gave up: started {count} times without finishing a batch (--max-no-progress). What "
-            "was finished is kept; mend the cause and give the same command again."
-        )
-        return await self._give_up(EXIT_GAVE_UP)
+        if self._budget.is_spent:
+            tell(
+                f"gave up: started {count} times without finishing a batch (--max-no-progress). "
+                "What was finished is kept; mend the cause and give the same command again."
+            )
+        return self._budget.is_spent
 
     async def _end_hung(self, event: dict[str, Any]) -> int | None:
         """End a worker that cannot end itself, such as one that was stopped."""
@@ -216,12 +222,18 @@ class Supervisor:
         self._after_a_pause(self._join)
         return None
 
-    async def _replace_zygote(self, _event: dict[str, Any]) -> None:
+    async def _replace_zygote(self, _event: dict[str, Any]) -> int | None:
         self._living.clear()
         self._has_agent = False
-        logger.warning("the zygote is gone and is replaced")
         self._agent_failures += 1
+        if self._can_start:
+            logger.warning("the zygote is gone and is replaced")
+        else:  # as where torch cannot be imported
+            self._cause = "the zygote has ended before it could start a worker"
+            if self._is_in_vain():
+                return EXIT_GAVE_UP
         self._after_a_pause(self._start_zygote)
+        return None
 
     def _after_a_pause(self, then: Callable[[], Awaitable[None]]) -> None:
         """Go on a little later, the longer the more often in a row; other events come meanwhile."""
@@ -277,6 +289,7 @@ class Supervisor:
     # -- processes ---------------------------------------------------------------------------------
 
     async def _start_zygote(self) -> None:
+        self._can_start = False
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._address = f"trm_dist-zygote-{secrets.token_hex(8)}"
