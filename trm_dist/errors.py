@@ -85,6 +85,11 @@ class DeviceLostError(TrmDistError, RuntimeError):
 class FencedError(TrmDistError, RuntimeError):
     """Another writer has taken over the run; a restart would only fight with it."""
 
+    def __init__(self, message: str, by: str = "") -> None:
+        """Say who, by its name as a writer."""
+        super().__init__(message)
+        self.by = by
+
 
 class TrainingError(TrmDistError, RuntimeError):
     """Training itself failed and would fail again."""

@@ -22,7 +22,7 @@ from trm_dist.checkpoint.journal import Journal
 from trm_dist.checkpoint.manager import CheckpointManager, Inherited, Snapshots, overdue
 from trm_dist.checkpoint.memory import Slots, SnapshotDir, remove_if_unlocked, take_slots
 from trm_dist.checkpoint.resume import remembered
-from trm_dist.checkpoint.runs import Run, excuse, is_of_launch, read_run
+from trm_dist.checkpoint.runs import Run, excuse, is_of_launch
 from trm_dist.checkpoint.snapshot import Flat, pin
 from trm_dist.checkpoint.store import Store, open_store
 from trm_dist.compiler import defer_compiler
@@ -460,7 +460,7 @@ def _give_up(error: Exception, saving: _Saving, listener: StopListener) -> NoRet
     if manager and not is_safe_in_memory and not isinstance(error, StoreError | FencedError):
         _save_newest(manager, saving)
         _end_ledger(saving)
-    if isinstance(error, FencedError) and _is_replaced_by_own_launch(saving):
+    if isinstance(error, FencedError) and _is_replaced_by_own_launch(error):
         _leave(EXIT_REPLACED)
     _leave(_exit_code(error, is_lost_worker=is_lost_worker))
 
@@ -484,15 +484,9 @@ def _tell_people(error: Exception, *, is_lost_worker: bool, is_writer: bool) -> 
         logger.error("training failed", exc_info=error)
 
 
-def _is_replaced_by_own_launch(saving: _Saving) -> bool:
+def _is_replaced_by_own_launch(error: FencedError) -> bool:
     """Tell whether another group of workers of this launch writes now: all must meet anew."""
-    if saving.store is None or not is_under_launch(os.environ):
-        return False
-    try:
-        newer = read_run(saving.store)
-    except OSError:
-        return False
-    return newer is not None and is_of_launch(newer, launch_id(os.environ))
+    return is_under_launch(os.environ) and is_of_launch(error.by, launch_id(os.environ))
 
 
 def _in_words(error: Exception) -> str:

@@ -383,3 +383,16 @@ def test_killed_agent_leaves_no_port_and_no_worker(directory: Path) -> None:
             with socket.create_server(("127.0.0.1", port)):
                 pass
         run.wait_for_start(2)
+
+
+def test_newer_trainer_on_this_node_takes_over_and_the_launch_stops_for_good(
+    directory: Path, undisturbed: Undisturbed
+) -> None:
+    with training(directory, launch=1) as older:
+        older.wait_for_batches(9)
+        with training(directory, launch=1) as newer:
+            assert newer.end() == 0, newer.messages()
+            assert older.end() == 1
+            assert_same_bits([older, newer], undisturbed)
+    assert older.messages().count("has taken over") == 1
+    assert len(older.events("started")) == 1

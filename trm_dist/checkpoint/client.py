@@ -61,7 +61,7 @@ class PersisterClient:
         self._journal: Journal | None = None
         self._asked: list[dict[str, Any]] = []
         self._mend_at_s = 0.0
-        self._fenced = ""
+        self._fenced: FencedError | None = None
         self._complaints: IO[bytes] | None = None
         """What a persister of ours says before it dies; nobody else would hear it."""
 
@@ -176,7 +176,7 @@ class PersisterClient:
     def _refuse_if_fenced(self) -> None:
         """Never connect again once somebody has taken over: that would stop the newer one."""
         if self._fenced:
-            raise FencedError(self._fenced)
+            raise self._fenced
 
     def _disconnect(self) -> None:
         if self._socket is not None:
@@ -296,7 +296,7 @@ class PersisterClient:
             raise ConnectionError("the persister has ended")
         message: dict[str, Any] = json.loads(data)
         if message["is"] == "fenced":
-            self._fenced = message["error"]
+            self._fenced = FencedError(message["error"], message["by"])
             self._refuse_if_fenced()
         return message
 

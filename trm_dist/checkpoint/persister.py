@@ -74,6 +74,8 @@ class Persister:
         self._listener = listener
         self._client: socket.socket | None = None
         self._opened_by: socket.socket | None = None
+        self._replaced: list[socket.socket] = []
+        """Clients before it, which hear of it once it has said who it is."""
         self._guardian: int | None = None
         self._deadline_s = 0.0
         self._opening: asyncio.Task[None] | None = None  # the loop itself keeps no task alive
@@ -121,13 +123,20 @@ class Persister:
             client.close()
             return
         if self._client is not None:
-            self._tell({
-                "is": "fenced",
-                "error": "another trainer on this node has taken over the run; this one stops",
-            })  # fmt: skip
-            self._hang_up()
+            asyncio.get_running_loop().remove_reader(self._client)
+            self._replaced.append(self._client)
+            self._awaits_keep = False
         self._client = client
         asyncio.get_running_loop().add_reader(client, self._receive, client)
+
+    def _dismiss_replaced(self, by: str) -> None:
+        """Tell the clients before who has replaced them."""
+        error = "another trainer on this node has taken over the run; this one stops"
+        for each in self._replaced:
+            with suppress(OSError):  # it is gone
+                each.send(json.dumps({"is": "fenced", "error": error, "by": by}).encode())
+            each.close()
+        self._replaced.clear()
 
     def _receive(self, client: socket.socket) -> None:
         try:
@@ -143,6 +152,7 @@ class Persister:
         content = json.loads(message)
         match content.pop("do"):
             case "open":
+                self._dismiss_replaced(content["writer"])
                 self._opening = asyncio.create_task(self._open(**content))
             case "attach":
                 self._attach(Slots(descriptors[0]), Journal(content["journal"], descriptors[1]))
@@ -191,7 +201,8 @@ class Persister:
         except Exception as error:  # noqa: BLE001 whatever it is, the client must hear of it
             if client is self._client:
                 kind = "fenced" if isinstance(error, FencedError) else "refused"
-                self._tell({"is": kind, "error": str(error) or repr(error)})
+                by = getattr(error, "by", "")
+                self._tell({"is": kind, "error": str(error) or repr(error), "by": by})
             return
         if client is not self._client:  # it has gone, and another one asks for itself
             return
@@ -231,6 +242,8 @@ class Persister:
             self._client.close()
             self._client = None
             self._awaits_keep = False
+        while self._replaced:  # by one that has left without a word: they connect again
+            self._replaced.pop().close()
 
     # -- whom we wait for --------------------------------------------------------------------------
 
@@ -300,7 +313,7 @@ class Persister:
                     # Left by the trainer before; the one that is there now goes on as a newer one.
                     self._jobs = [each for each in self._jobs if each.writer is not job.writer]
                     continue
-                self._tell({"is": "fenced", "error": str(error)})
+                self._tell({"is": "fenced", "error": str(error), "by": error.by})
                 await self._keep_journals(job.writer.store)
                 self._ended.set()
                 return

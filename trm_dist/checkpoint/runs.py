@@ -133,9 +133,9 @@ def new_writer(launch_id: str = "") -> str:
     return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(8)}:{_mark(launch_id)}"
 
 
-def is_of_launch(run: Run, launch_id: str) -> bool:
-    """Tell whether the writer of a run belongs to a launch."""
-    return run.writer.rpartition(":")[2] == _mark(launch_id)
+def is_of_launch(writer: str, launch_id: str) -> bool:
+    """Tell whether a writer belongs to a launch."""
+    return writer.rpartition(":")[2] == _mark(launch_id)
 
 
 def _mark(launch_id: str) -> str:
@@ -214,7 +214,8 @@ def _fenced(store: Store, run: Run, newer: Run) -> FencedError:
     return FencedError(
         f"{store.url}: another writer has taken over (process {process} on {host}, generation "
         f"{newer.generation}; this one is {run.generation}). This one stops; what it had written "
-        "stands, and the other goes on from there."
+        "stands, and the other goes on from there.",
+        newer.writer,
     )
 
 
