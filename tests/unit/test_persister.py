@@ -58,6 +58,12 @@ class Node:
         self.run = self.client.open(run, **default | settings)
         return self.run
 
+    def start_again(self, run: Run = RUN) -> Run:
+        """Open as the next trainer does, whose persister this one would be."""
+        self.client._disconnect()
+        self.client._trainer += " again"
+        return self.open(run)
+
     def attach(self) -> list[dict[str, Any]]:
         flat = Flat(make_state())
         room = {"header_bytes": len(flat.header) + 4096, "body_bytes": flat.num_bytes}
@@ -690,10 +696,8 @@ def test_journal_outlives_its_persister(node: Node) -> None:
 
 def test_starts_in_the_same_place_count_as_failures_also_when_it_is_adopted(node: Node) -> None:
     at_seven = replace(RUN, starts_at=7)
-    counts = []
-    for run in (RUN, at_seven, at_seven, at_seven, replace(RUN, starts_at=8)):
-        node.client._disconnect()
-        counts.append(node.open(run).failures)
+    starts = (RUN, at_seven, at_seven, at_seven, replace(RUN, starts_at=8))
+    counts = [node.start_again(each).failures for each in starts]
 
     assert counts == [1, 0, 1, 2, 0]
     assert node.run.generation == 1
@@ -703,24 +707,23 @@ def test_starts_in_the_same_place_count_as_failures_also_when_it_is_adopted(node
 def test_count_of_the_newest_of_many_starts_within_a_moment_is_what_stays(node: Node) -> None:
     for _ in range(20):
         for _ in range(5):
-            node.client._disconnect()
-            node.open()
+            node.start_again()
         eventually(lambda: read_run(node.store) == node.run)
 
     assert node.run.failures == 100
 
 
 def test_trainer_that_plans_twice_counts_once(node: Node) -> None:
-    node.client._disconnect()
-    node.open()
+    counts = [node.start_again().failures, node.open().failures]
+    eventually(lambda: read_run(node.store) == node.run)
 
-    assert node.client._open().failures == node.run.failures == 1
+    assert counts == [1, 1]
+    assert node.open(replace(RUN, starts_at=7)).failures == 0
 
 
 def test_start_that_was_stopped_counts_as_a_preemption(node: Node) -> None:
     excuse(node.store, node.run)
-    node.client._disconnect()
 
-    found = node.open()
+    found = node.start_again()
 
     assert (found.failures, found.preemptions) == (0, 1)

@@ -6,6 +6,7 @@ A persister that dies is started again with what it had not finished; the traine
 import json
 import logging
 import os
+import secrets
 import select
 import socket
 import struct
@@ -54,6 +55,8 @@ class PersisterClient:
         name = blake2b(owner.encode(), digest_size=8).hexdigest()
         self._address = f"trm_dist-persister-{name}"
         self._url, self._guardian = url, guardian
+        self._trainer = secrets.token_hex(8)
+        """Tells a start that connects again from the next one."""
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._opening: dict[str, Any] = {}
@@ -78,7 +81,8 @@ class PersisterClient:
         """
         self._opening = {
             "do": "open", "is_mending": False, "url": self._url,
-            "run": asdict(run), "writer": new_writer(launch_id), "guardian": self._guardian,
+            "trainer": self._trainer, "run": asdict(run), "writer": new_writer(launch_id),
+            "guardian": self._guardian,
             "deadline_s": deadline_s, "keep_last": keep_last, "keep_every": keep_every,
         }  # fmt: skip
         run = self._start()

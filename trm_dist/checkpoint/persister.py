@@ -74,6 +74,8 @@ class Persister:
         self._listener = listener
         self._client: socket.socket | None = None
         self._opened_by: socket.socket | None = None
+        self._trainer = ""
+        """Who has opened; one that connects again is the same."""
         self._replaced: list[socket.socket] = []
         """Clients before it, which hear of it once it has said who it is."""
         self._guardian: int | None = None
@@ -171,8 +173,8 @@ class Persister:
                 self._end_if_done()
 
     async def _open(  # noqa: PLR0913 the fields of a message
-        self, *, url: str, run: dict[str, Any], writer: str, guardian: int, deadline_s: float,
-        keep_last: int, keep_every: int, is_mending: bool,
+        self, *, url: str, trainer: str, run: dict[str, Any], writer: str, guardian: int,
+        deadline_s: float, keep_last: int, keep_every: int, is_mending: bool,
     ) -> None:  # fmt: skip
         """Become the writer of a run, unless we are it already."""
         client = self._client
@@ -191,13 +193,13 @@ class Persister:
                         claim, store, Run(**run), writer, is_mending=is_mending
                     )
                     await asyncio.to_thread(store.remove_leftovers)
-            elif (
-                client is not self._opened_by
-            ):  # recorded for the next writer, as soon as it can be
-                claimed = claimed.again(int(run["starts_at"]))
+            else:  # recorded for the next writer, as soon as it can be
+                is_next = trainer != self._trainer
+                start = claimed.again if is_next else claimed.planned_again
+                claimed = start(int(run["starts_at"]))
                 self._recording = asyncio.create_task(self._record(store, claimed))
             self._writer = Writer(store, claimed, keep_last=keep_last, keep_every=keep_every)
-            self._opened_by = client
+            self._opened_by, self._trainer = client, trainer
         except Exception as error:  # noqa: BLE001 whatever it is, the client must hear of it
             if client is self._client:
                 kind = "fenced" if isinstance(error, FencedError) else "refused"

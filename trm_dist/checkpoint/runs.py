@@ -114,6 +114,12 @@ class Run:
         started = replace(self, starts_at=starts_at).after(self)
         return replace(started, generation=self.generation, writer=self.writer)
 
+    def planned_again(self, starts_at: int) -> Self:
+        """Return this run as the same start of its writer has planned anew: no failure."""
+        if starts_at == self.starts_at:
+            return self
+        return replace(self, starts_at=starts_at, failures=0, preemptions=0)
+
 
 _OF_THE_WRITER = {"writer", "starts_at", "failures", "preemptions", "was_preempted"}
 _SUMMARY = tuple(each.name for each in fields(Run) if each.name not in _OF_THE_WRITER)
