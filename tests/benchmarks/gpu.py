@@ -128,6 +128,7 @@ def settle(name: str) -> None:
 
 def steps(net: str, dim: int, precision: Precision) -> None:
     """Print what a step takes in every way, in turns."""
+    torch._dynamo.reset()  # it compiles no function more than eight times
     found: dict[str, Step] = {}
     for name, make in ways_of(net, dim, precision).items():
         settle(name)
@@ -162,13 +163,13 @@ def main(dims: list[int]) -> None:
     """Measure all sizes."""
     pin_numerics(1)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {ROWS} rows", flush=True)
-    snapshots(max(dims))
-    restarts()
     for dim in dims:
         for net, precision in (("mlp", "bf16"), ("mlp", "fp32"), ("attn", "bf16")):
             steps(net, dim, precision)
             gc.collect()  # recorded steps hold their memory in cycles
             torch.cuda.empty_cache()
+    restarts()
+    snapshots(max(dims))  # last: its pinned memory is given back without being released
 
 
 def restarts() -> None:
