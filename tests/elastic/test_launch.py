@@ -147,6 +147,15 @@ def test_signal_to_one_worker_restarts_the_group(directory: Path, undisturbed: U
     assert "worker 1 was told to stop" in run.messages()
 
 
+def test_environment_may_be_larger_than_a_message(
+    directory: Path, undisturbed: Undisturbed
+) -> None:
+    large = {f"TESTED_{number}": "x" * 100_000 for number in range(5)}
+    with training(directory, launch=2, variables=large) as run:
+        assert run.end() == 0, run.messages()
+        assert_same_bits([run], undisturbed)
+
+
 def test_wrong_usage_is_told_once_and_never_retried(directory: Path) -> None:
     with training(directory, launch=2, flags={"--batch-size": "3000"}) as run:
         assert run.end() == 2

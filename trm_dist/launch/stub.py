@@ -26,7 +26,10 @@ def main(address: str) -> NoReturn:
 
     try:
         connection.connect(f"\0{address}")
-        socket.send_fds(connection, [json.dumps(dict(os.environ)).encode()], [0, 1, 2])
+        with os.fdopen(os.memfd_create("environment"), "wb") as file:  # too large for a message
+            file.write(json.dumps(dict(os.environ)).encode())
+            file.flush()
+            socket.send_fds(connection, [b"start"], [0, 1, 2, file.fileno()])
         for each in SIGNALS:
             signal.signal(each, pass_on)
         answer = connection.recv(64)

@@ -143,7 +143,7 @@ class Zygote:
             return
         pid = next((pid for pid, each in self._workers.items() if each.stub is stub), 0)
         try:
-            message, descriptors, *_ = socket.recv_fds(stub, MAX_MESSAGE_BYTES, 3)
+            message, descriptors, *_ = socket.recv_fds(stub, MAX_MESSAGE_BYTES, 4)
         except ConnectionError:
             message, descriptors = b"", []
         if not message:
@@ -156,7 +156,10 @@ class Zygote:
             # that waits for a dead one would only keep the others waiting.
             self._kill(pid)
         else:
-            self._start_worker(stub, json.loads(message), descriptors)
+            *streams, environment = descriptors
+            with os.fdopen(environment, "rb") as file:
+                file.seek(0)
+                self._start_worker(stub, json.load(file), streams)
 
     def _start_worker(
         self, stub: socket.socket, environment: dict[str, str], descriptors: Sequence[int]
