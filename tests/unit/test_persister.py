@@ -1,5 +1,6 @@
 """Real persisters: adopted, killed, fenced, left alone; a snapshot handed over is committed."""
 
+import ctypes
 import fcntl
 import os
 import random
@@ -29,6 +30,7 @@ from trm_dist.checkpoint.store import HIDDEN, LocalStore
 from trm_dist.errors import FencedError
 
 ROOT = Path(__file__).parents[2]
+_PR_SET_CHILD_SUBREAPER = 36
 
 TRAINER = """
 import sys, time
@@ -66,7 +68,7 @@ class Node:
 
     def attach(self) -> list[dict[str, Any]]:
         flat = Flat(make_state())
-        room = {"header_bytes": len(flat.header) + 4096, "body_bytes": flat.num_bytes}
+        room = {"header_bytes": len(flat.header), "body_bytes": flat.num_bytes}
         self.slots: Slots = self.memory.take(num_slots=3, **room)
         self.snapshots = Snapshots(self.slots)
         self.journal = Journal.create(time.time())
@@ -109,7 +111,7 @@ def persisters(node: Node) -> list[int]:
             is_zombie = (each / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
         except OSError:
             continue
-        if command.rstrip("\0").endswith(address) and not is_zombie:
+        if address in command.split("\0") and not is_zombie:
             found.append(int(each.name))
     return found
 
@@ -275,6 +277,14 @@ def test_next_trainer_adopts_it_with_what_is_in_flight(
     assert node.committed(epoch_name(1, 5)) == 5
     assert persisters(node) == [pid]
     assert node.run.generation == 1
+
+
+def test_persister_that_was_stopped_by_a_signal_is_woken_by_the_next_trainer(node: Node) -> None:
+    node.publish(1)
+    node.wait_for("committed")
+    os.kill(eventually(lambda: persisters(node))[0], signal.SIGSTOP)
+
+    assert node.start_again(node.run).generation == node.run.generation
 
 
 def test_newer_trainer_on_the_node_stops_the_older_for_good(make_node: Callable[..., Node]) -> None:
@@ -513,9 +523,10 @@ def end(trainer: "subprocess.Popen[bytes]") -> None:
 
 
 STARTER = """
-import subprocess, sys
+import os, subprocess, sys
+module = ["-m", "trm_dist.checkpoint.persister", sys.argv[1], str(os.getpid())]
 child = subprocess.Popen(
-    [sys.executable, "-m", "trm_dist.checkpoint.persister", sys.argv[1]], start_new_session=True
+    [sys.executable, *module], stdout=subprocess.DEVNULL, start_new_session=True
 )
 print(child.pid, flush=True)
 sys.stdin.read()
@@ -534,6 +545,34 @@ def test_persister_whose_starter_dies_before_it_has_connected_ends() -> None:
         time.sleep(0.3)
         assert Path(f"/proc/{pid}").exists(), "it waits as long as its starter lives"
         starter.kill()
+    _wait_for_end(pid)
+
+
+def test_persister_whose_starter_is_gone_before_it_runs_waits_for_nobody_else() -> None:
+    command = [sys.executable, "-c", STARTER, f"trm_dist-test-{random.randbytes(6).hex()}"]
+    with _orphans_become_children():  # as those of a node do under `trm_dist launch`
+        starter = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=ROOT, check=True
+        )
+        pid = int(starter.stdout)
+        try:
+            _wait_for_end(pid)
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+@contextmanager
+def _orphans_become_children() -> Iterator[None]:
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+
+def _wait_for_end(pid: int) -> None:
     give_up_at = time.monotonic() + 15  # far less than it would wait for a client
     while _is_running(pid):
         assert time.monotonic() < give_up_at

@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -194,8 +195,7 @@ class PersisterClient:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
                 connection.connect(f"\0{self._address}")
-                peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-                if struct.unpack("3i", peer)[1] != os.getuid():
+                if _peer(connection)[1] != os.getuid():
                     connection.close()
                     raise PermissionError("somebody else listens where the persister should")
                 self._socket = connection
@@ -205,8 +205,9 @@ class PersisterClient:
             if self._process is None or self._process.poll() is not None:
                 if self._complaints is None:
                     self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 until close
+                module = ["-m", "trm_dist.checkpoint.persister", self._address, str(os.getpid())]
                 self._process = subprocess.Popen(  # noqa: S603 our own module
-                    [sys.executable, "-m", "trm_dist.checkpoint.persister", self._address],
+                    [sys.executable, *module],
                     # A pipe that it held open would keep the reader of torchrun's output waiting.
                     stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=self._complaints,
                     start_new_session=True,
@@ -304,11 +305,25 @@ class PersisterClient:
             self._refuse_if_fenced()
         return message
 
+    def _wake(self) -> None:
+        """Let the persister go on if somebody has stopped it by a signal."""
+        assert self._socket is not None, "connected"
+        with suppress(ProcessLookupError):
+            os.kill(_peer(self._socket)[0], signal.SIGCONT)
+
     def _answer(self, *kinds: str) -> dict[str, Any]:
         """Wait for an answer of these kinds; what became of jobs before it is old news."""
         while True:
             message = self._receive(_TELL_EVERY_S)
             if message is None:
                 logger.warning("waiting for the persister, which is busy with %s", self._url)
+                self._wake()
             elif message["is"] in kinds:
                 return message
+
+
+def _peer(connection: socket.socket) -> tuple[int, int, int]:
+    """Return process, user and group at the other end."""
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    process, user, group = struct.unpack("3i", found)
+    return process, user, group

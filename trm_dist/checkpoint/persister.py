@@ -97,12 +97,18 @@ class Persister:
         self._storing = asyncio.Lock()
         self._ended = asyncio.Event()
 
-    async def run(self) -> None:
-        """Serve until there is nothing and nobody left."""
+    async def run(self, starter: int) -> None:
+        """Serve until there is nothing and nobody left.
+
+        Args:
+            starter: Process that has started this one; should it die, nobody will come.
+        """
         loop = asyncio.get_running_loop()
         loop.add_reader(self._listener, self._accept)
-        self._watch(os.getppid())  # who has started it; should that one die, nobody will come
+        self._watch(starter)
         loop.call_later(FIRST_CLIENT_S, self._stop_waiting)
+        if os.getppid() != starter:  # it is gone, and its number may be another's by now
+            self._stop_waiting()
         working = asyncio.create_task(self._work())
         ending = asyncio.create_task(self._ended.wait())
         await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
@@ -403,7 +409,7 @@ def _as_recorded(store: Store, run: Run) -> Run | None:
     return replace(run, was_preempted=found.was_preempted)
 
 
-def main(address: str) -> NoReturn:
+def main(address: str, starter: int) -> NoReturn:
     """Serve at an abstract address; one that is taken has another persister, which is enough."""
     # Whoever ends a whole session or job means the trainers; this process ends when it is done.
     for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -419,7 +425,7 @@ def main(address: str) -> NoReturn:
     asyncio.set_event_loop(loop)
     code = 0
     try:
-        loop.run_until_complete(Persister(listener).run())
+        loop.run_until_complete(Persister(listener).run(starter))
     except Exception:  # noqa: BLE001 whoever has started it reads this
         traceback.print_exc()
         code = 1
@@ -428,4 +434,4 @@ def main(address: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], int(sys.argv[2]))
