@@ -83,9 +83,6 @@ _SIGNS_OF_A_LOST_WORKER = (
 _FINAL = (UserError, TrainingError, StoreError, FencedError)
 """Errors that the next start would meet again."""
 
-_HEADER_GROWTH_BYTES = 4096
-"""Room for counters that get longer."""
-
 _MOST_PLANS = 5
 _MOST_REASON_CHARACTERS = 2000
 
@@ -368,7 +365,7 @@ def _take_snapshots(
         checkpoint.snapshot_dir,
         identity,
         num_slots=checkpoint.snapshot_slots,
-        header_bytes=len(flat.header) + _HEADER_GROWTH_BYTES,
+        header_bytes=len(flat.header),
         body_bytes=flat.num_bytes,
     )
     return Snapshots(saving.slots)

@@ -79,7 +79,7 @@ class Ours:
         self._count = 0
         self._run = Run.fresh("bench")
         flat = Flat(self._tree())
-        size = {"header_bytes": len(flat.header) + 4096, "body_bytes": flat.num_bytes}
+        size = {"header_bytes": len(flat.header), "body_bytes": flat.num_bytes}
         self._slots = take_slots("/dev/shm", directory, num_slots=3, **size)
         client = PersisterClient(directory, directory, os.getpid())
         self._run = client.open(self._run, deadline_s=60.0, keep_last=2, keep_every=0)

@@ -229,6 +229,14 @@ def test_file_of_another_size_is_replaced_and_those_who_read_it_still_can(
     assert [each.header for each in own.held()] == [b"header 1"]
 
 
+@pytest.mark.parametrize("num_digits", [0, 1, 1000])
+def test_slots_still_fit_though_a_header_grows_by_some_digits(num_digits: int) -> None:
+    size = {"num_slots": 3, "header_bytes": 8192, "body_bytes": 5000}
+    slots = private_slots(**size)
+
+    assert slots.fits(**size | {"header_bytes": 8192 + num_digits})
+
+
 def test_files_of_other_stores_are_not_read(own: SnapshotDir, directory: str) -> None:
     capture(SnapshotDir(directory, "another").take(**SIZE), 0, 1)
 
@@ -319,7 +327,7 @@ class Small:
     ("num_bytes", "num_slots", "num_files", "message"),
     [
         (100_000, 3, 1, ""),
-        (40_000, 2, 1, "only 2 of 3 memory snapshots"),
+        (50_000, 2, 1, "only 2 of 3 memory snapshots"),
         (10_000, 2, 0, "not even two memory snapshots"),
     ],
 )

@@ -35,6 +35,8 @@ _MAGIC = b"trm_dist snapshots 2"
 _CONTROL = struct.Struct("<20sIQQ")  # magic, slots, bytes of a slot's header, bytes of its body
 _SLOT = struct.Struct("<QQQ")  # sequence number (0: torn), bytes of the header, checksum
 _PAGE = 4096
+_HEADER_GROWTH_BYTES = 4096
+"""Room for counters that get longer, a few bytes in the life of a run."""
 _MADV_POPULATE_WRITE = 23
 _MOST_WRITERS = 64
 _MOST_COPIES = 100
@@ -102,7 +104,8 @@ class Slots:
         Raises:
             OSError: There is not enough memory.
         """
-        header_bytes, body_bytes = _whole_pages(header_bytes), _whole_pages(body_bytes)
+        header_bytes = _whole_pages(header_bytes + _HEADER_GROWTH_BYTES)
+        body_bytes = _whole_pages(body_bytes)
         size = _PAGE + num_slots * (_PAGE + header_bytes + body_bytes) + replay.NUM_BYTES
         os.posix_fallocate(descriptor, 0, size)
         slots_control = _CONTROL.pack(_MAGIC, num_slots, header_bytes, body_bytes)
@@ -118,7 +121,7 @@ class Slots:
         """Tell whether such snapshots can be written here."""
         return (
             self.num_slots == num_slots
-            and self.header_bytes >= header_bytes
+            and self.header_bytes >= header_bytes + _HEADER_GROWTH_BYTES // 2
             and self.body_bytes >= body_bytes
         )
 
@@ -277,7 +280,7 @@ def take_slots(
         directory: Of a memory file system.
         identity: Of the store.
         num_slots: How many to ask for; 0: none that outlive the workers.
-        header_bytes: Room for a header.
+        header_bytes: Length of a header, which may grow a little.
         body_bytes: Room for the tensors of a state.
     """
     own = SnapshotDir(directory, identity)
