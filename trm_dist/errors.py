@@ -39,10 +39,11 @@ class UserError(TrmDistError, ValueError):
     """The user must change something before a retry can help."""
 
 
-def is_away(error: UserError) -> bool:
+def is_away(error: UserError | OSError) -> bool:
     """Tell whether a store could not be reached, which may be otherwise in a moment."""
-    return isinstance(error.__cause__, OSError) and not isinstance(
-        error.__cause__, FileNotFoundError | IsADirectoryError | PermissionError
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return isinstance(cause, OSError) and not isinstance(
+        cause, FileNotFoundError | IsADirectoryError | PermissionError
     )
 
 

@@ -22,7 +22,7 @@ from trm_dist.checkpoint.snapshot import Flat, unflatten
 from trm_dist.checkpoint.store import open_store
 from trm_dist.config import Config
 from trm_dist.elastic.world import Group
-from trm_dist.errors import ConfigError
+from trm_dist.errors import ConfigError, is_away
 from trm_dist.plan import Plan, environment, from_message, plan_from, to_message
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def _check_store_is_shared(run: Run, config: Config, group: Group) -> None:
     """
     trouble = ""
     if group.world.is_first_of_node and not group.world.is_writer:
-        trouble = _why_unseen(run, config.checkpoint.checkpoint_dir)
+        trouble = why_unseen(run, config.checkpoint.checkpoint_dir, _VISIBLE_WITHIN_S)
     told = [each.decode() for each in group.gather(trouble.encode())]
     if first := next(filter(None, told), None):
         message = (
@@ -94,9 +94,9 @@ def _check_store_is_shared(run: Run, config: Config, group: Group) -> None:
         raise ConfigError(message if group.world.is_first_of_node else "")
 
 
-def _why_unseen(run: Run, url: str) -> str:
-    """Return why this node does not see the writer's claim; empty: it does."""
-    give_up_at = time.monotonic() + _VISIBLE_WITHIN_S
+def why_unseen(run: Run, url: str, wait_s: float) -> str:
+    """Return why this node does not see the writer's claim; empty: it does, or cannot tell now."""
+    give_up_at = time.monotonic() + wait_s
     while True:
         try:
             found = read_run(open_store(url))
@@ -105,6 +105,9 @@ def _why_unseen(run: Run, url: str) -> str:
             trouble = f"{socket.gethostname()} does not see what {_host_of(run)} has written there"
         except OSError as error:
             trouble = f"{socket.gethostname()} cannot read it ({error})"
+            if is_away(error) and time.monotonic() > give_up_at:  # only the writer needs it now
+                logger.warning("--checkpoint-dir %s: %s. Going on.", url, trouble)
+                return ""
         if time.monotonic() > give_up_at:
             return trouble
         time.sleep(_POLL_S)
