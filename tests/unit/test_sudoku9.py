@@ -261,6 +261,7 @@ def test_folder_without_an_ignored_label_counts_every_cell(tmp_path: Path) -> No
         ({"vocab_size": 5}, "not below vocab_size 5"),
         ({"vocab_size": 300}, "at most 256"),
         ({"vocab_size": "many"}, "does not say vocab_size"),
+        ({"ignore_label_id": [0]}, "does not say vocab_size"),
     ],
 )
 def test_folder_that_does_not_fit_is_told(

@@ -127,15 +127,16 @@ def _read_sizes(folder: str) -> dict[str, Any]:
     try:
         with open(os.path.join(folder, DESCRIPTION), encoding="utf-8") as file:
             content = json.load(file)
-        return {
-            "vocab_size": int(content["vocab_size"]),
-            "seq_len": int(content["seq_len"]),
-            "ignore_label_id": content.get("ignore_label_id"),
+        sizes = {name: int(content[name]) for name in ("vocab_size", "seq_len")}
+        ignored = content.get("ignore_label_id")
+        return sizes | {
+            "ignore_label_id": None if ignored is None else int(ignored),
             "num_puzzles": int(content.get("num_puzzle_identifiers", 1)),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"--dataset {folder}: {DESCRIPTION} does not say vocab_size and seq_len ({error!r})."
+            f"--dataset {folder}: {DESCRIPTION} does not say vocab_size and seq_len in numbers "
+            f"({error!r})."
         ) from error
 
 
