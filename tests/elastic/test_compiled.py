@@ -29,7 +29,7 @@ def test_compiled_kernels_give_one_digest_through_kills(
         assert run.end() == 0, run.messages()
         expected = Undisturbed(run.losses(), run.digest())
     if not are_kept:
-        variables = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled anew")}
+        variables = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled-anew")}
     with training(tmp_path / "run", flags=flags, launch=2, variables=variables) as run:
         for starts, victim in enumerate((1, 0), start=2):
             run.wait_for_batches(4)

@@ -29,8 +29,10 @@ def record(module: Trm, num_rows: int) -> None:
     """
     device = module.output_init.device
     tokens = torch.zeros(num_rows, module.shape.seq_len, dtype=torch.int64, device=device)
-    sample = [tokens, *(each.contiguous() for each in module.start(num_rows))]
     vectors = module.vectors_of(None, num_rows)
+    with torch.no_grad():  # what steps hand on, in its order of memory
+        carried = module(tokens, *module.start(num_rows), vectors)[2:]
+    sample = [tokens, *carried]
     if vectors is not None:
         sample.append(vectors)
     with warnings.catch_warnings():

@@ -25,9 +25,9 @@ def add_and_norm(x: Tensor, change: Tensor, axis: int) -> Tensor:
     large in a round.
 
     Args:
-        x: [B, S, D].
-        change: What is added, [B, S, D].
-        axis: Of the mean, 1 or 2.
+        x: Of three axes.
+        change: What is added, of the same shape.
+        axis: Of the mean.
     """
     if torch.compiler.is_compiling():  # one kernel comes of it
         exact = widened(x) + widened(change)
@@ -104,21 +104,40 @@ class Linear(nn.Module):
     def __init__(
         self, num_in: int, num_out: int, generator: torch.Generator, axis: int = -1
     ) -> None:
-        """Make a map over an axis: the last one, or 1 of three."""
+        """Make a map over an axis: the last one, or 0 or 1 of three."""
         super().__init__()
         self.weight = nn.Parameter(truncated_normal((num_out, num_in), num_in**-0.5, generator))
         self._axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., num_in] to [..., num_out]; with axis 1 [B, num_in, D] to [B, num_out, D]."""
+        """Map num_in to num_out along the axis; x need not be turned in memory for it."""
         weight = self.weight.to(x.dtype)
         if self._axis == -1:
             return F.linear(x, weight)
-        return torch.bmm(weight.expand(len(x), -1, -1), x)  # x need not be turned in memory
+        if self._axis == 0:
+            return (weight @ x.flatten(1)).view(-1, *x.shape[1:])
+        if not torch.compiler.is_compiling() and not x.is_cuda:
+            return _MixedByRow.apply(weight, x)  # type: ignore[no-any-return, no-untyped-call]
+        return torch.bmm(weight.expand(len(x), -1, -1), x)
+
+
+class _MixedByRow(torch.autograd.Function):
+    """A weight by each row; its gradient is added up within the products, not kept by row."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, x)
+        return torch.bmm(weight.expand(len(x), -1, -1), x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        weight, x = ctx.saved_tensors
+        of_weight = torch.addbmm(weight, gradient, x.mT, beta=0)
+        return of_weight, torch.bmm(weight.mT.expand(len(x), -1, -1), gradient)
 
 
 class GatedMlp(nn.Module):
-    """SwiGLU over an axis, the last one or 1 of three: down(silu(gate) * up)."""
+    """SwiGLU over an axis, the last one or 0 or 1 of three: down(silu(gate) * up)."""
 
     def __init__(self, width: int, inner: int, generator: torch.Generator, axis: int = -1) -> None:
         super().__init__()
@@ -169,19 +188,21 @@ class MixerBlock(nn.Module):
         positions: int,
         width: int,
         *,
+        positions_first: bool,
         expansion: float,
         multiple: int,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
         inner = inner_width(positions, expansion=expansion, multiple=multiple)
-        self.over_positions = GatedMlp(positions, inner, generator, axis=1)
+        self._positions_axis = 0 if positions_first else 1
+        self.over_positions = GatedMlp(positions, inner, generator, self._positions_axis)
         inner = inner_width(width, expansion=expansion, multiple=multiple)
         self.over_width = GatedMlp(width, inner, generator)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, S, D] to [B, S, D]; without gradient x is written over."""
-        x = add_and_norm(x, self.over_positions(x), 1)
+        """Map x, [S, B, D] or [B, S, D], to its own shape; without gradient it is written over."""
+        x = add_and_norm(x, self.over_positions(x), self._positions_axis)
         return add_and_norm(x, self.over_width(x), 2)
 
 
