@@ -14,6 +14,8 @@ import struct
 import zipfile
 from typing import Any
 
+from isal import isal_zlib
+
 from trm_dist.checkpoint.seal import seal
 from trm_dist.progress import COUNTERS
 
@@ -33,6 +35,7 @@ _FOLDER = "archive"
 _ALIGNMENT = 64
 _LOCAL_HEADER_BYTES = 30
 _ZIP64_EXTRA_BYTES = 20
+_OWNER_ONLY = 0o600 << 16  # as zipfile gives out a record that is no file
 _PADDING_ID = 0x4246  # the one torch uses
 _SEALED_FROM_RUN = ("run_id", "branch", "origin", "created_at", "launch_id", "origin_url")
 
@@ -130,47 +133,44 @@ class _Pieces(io.RawIOBase):
 
     def __init__(self) -> None:
         self.pieces: list[bytes | memoryview] = []
-        self._starts: dict[int, int] = {}
-        self._position = self._end = 0
+        self._length = 0
 
     def write(self, data: Any) -> int:
-        """Append a piece, or replace one by another of the same length."""
-        if not len(data):
-            return 0
-        if self._position == self._end:
-            self._starts[self._end] = len(self.pieces)
+        if len(data):
             self.pieces.append(data)
-            self._end += len(data)
-        else:  # zipfile goes back to a record's header once its CRC is known
-            number = self._starts[self._position]
-            assert len(self.pieces[number]) == len(data)
-            self.pieces[number] = data
-        self._position += len(data)
+        self._length += len(data)
         return len(data)
 
     def seekable(self) -> bool:
         return True
 
     def tell(self) -> int:
-        return self._position
+        return self._length
 
     def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        assert whence == io.SEEK_SET
-        self._position = position
+        assert (position, whence) == (self._length, io.SEEK_SET), "it is written from front to back"
         return position
 
 
 def _add(file: zipfile.ZipFile, archive: _Pieces, name: str, data: bytes | memoryview) -> None:
-    """Add a record whose bytes begin at a multiple of 64, as those of torch do."""
+    """Add a record whose bytes begin at a multiple of 64, as those of torch do.
+
+    ZipFile would take its CRC from zlib, which is a fifth as fast.
+    """
     record = zipfile.ZipInfo(f"{_FOLDER}/{name}")
     start = archive.tell() + _LOCAL_HEADER_BYTES + len(record.filename) + 4
     if len(data) > zipfile.ZIP64_LIMIT:
         start += _ZIP64_EXTRA_BYTES
     padding = -start % _ALIGNMENT
     record.extra = struct.pack("<HH", _PADDING_ID, padding) + bytes(padding)
-    record.file_size = len(data)
-    with file.open(record, "w") as target:
-        target.write(data)
+    record.external_attr = _OWNER_ONLY
+    record.CRC = isal_zlib.crc32(data)
+    record.compress_size = record.file_size = len(data)
+    record.header_offset = archive.tell()
+    archive.write(record.FileHeader())
+    archive.write(data)
+    file.filelist.append(record)
+    file.start_dir = archive.tell()
 
 
 # -- the pickle inside: a few opcodes, those that torch.load(weights_only=True) allows -------------
