@@ -120,6 +120,21 @@ def test_restart_while_the_server_is_away_waits_for_it(
         assert_same_bits([run], undisturbed)
 
 
+def test_persister_killed_while_the_server_is_away_does_not_stop_training(
+    place: Path, url: str, server: Server, undisturbed: Undisturbed
+) -> None:
+    flags = NO_COMMITS | {"--checkpoint-dir": url, "--hang-timeout": "20"}
+    with training(place, workers=2, flags=flags) as run:
+        run.wait_for_batches(5)
+        server.kill()
+        kill(run.persister())
+        run.wait_for_batches(9)
+        server.start()
+        assert run.end() == 0, run.messages()
+        assert_same_bits([run], undisturbed)
+    assert main(["verify", url]) == 0
+
+
 def test_launch_on_a_new_node_waits_for_a_server_that_is_away(
     place: Path, url: str, server: Server, undisturbed: Undisturbed
 ) -> None:

@@ -65,6 +65,11 @@ class PersisterClient:
         self._journal: Journal | None = None
         self._asked: list[dict[str, Any]] = []
         self._mend_at_s = 0.0
+        self._is_opening = False
+        """Whether a new persister has not said yet that it is the writer."""
+        self._num_mends = 0
+        """Since a persister has last said so."""
+        self._remind_at_s = 0.0
         self._fenced: FencedError | None = None
         self._complaints: IO[bytes] | None = None
         """What a persister of ours says before it dies; nobody else would hear it."""
@@ -117,7 +122,7 @@ class PersisterClient:
         self._refuse_if_fenced()
         job = {"slot": slot, "sequence": sequence, "names": names, "is_urgent": is_urgent}
         self._asked.append(job)
-        if self._socket is not None:
+        if self._socket is not None and not self._is_opening:
             try:
                 self._send({"do": "publish"} | job)
             except OSError:
@@ -137,10 +142,8 @@ class PersisterClient:
         try:
             if self._socket is None:
                 raise ConnectionError("it could not be started")
-            while message := self._receive(0.0 if found else wait_s):
-                if message["is"] != "kept":  # which nobody waits for any more
-                    found.append(message)
-        except ConnectionError:
+            self._hear(found, wait_s)
+        except OSError:
             found += self._mend()
         for each in found:
             if each["is"] == "committed":
@@ -149,6 +152,18 @@ class PersisterClient:
                     if (job["slot"], job["sequence"]) != (each["slot"], each["sequence"])
                 ]  # fmt: skip
         return found
+
+    def _hear(self, found: list[dict[str, Any]], wait_s: float) -> None:
+        """Add what the persister tells, waiting a while for the first."""
+        while self._socket is not None:  # until it refuses
+            message = self._receive(0.0 if found else wait_s)
+            if message is None:
+                self._remind()
+                return
+            if self._is_opening:
+                found += self._hear_opening(message)
+            elif message["is"] != "kept":  # which nobody waits for any more
+                found.append(message)
 
     def keep_journal(self, wait_s: float) -> None:
         """Have the copy of the journal brought up to date, waiting a while for it.
@@ -184,6 +199,7 @@ class PersisterClient:
             raise self._fenced
 
     def _disconnect(self) -> None:
+        self._is_opening = False
         if self._socket is not None:
             self._socket.close()
             self._socket = None
@@ -242,31 +258,65 @@ class PersisterClient:
             try:
                 self._connect()
                 run = self._open()
-                if self._slots is not None:
-                    self._attach()
-                for job in self._asked:
-                    self._send({"do": "publish"} | job)
+                self._ask_again()
                 return run
             except ConnectionError:  # it was about to end
                 continue
         raise OSError(f"the persister ends again and again{self._complaint()}")
 
+    def _ask_again(self) -> None:
+        """Attach to a persister that has opened, and ask for all that is not committed."""
+        if self._slots is not None:
+            self._attach()
+        for job in self._asked:
+            self._send({"do": "publish"} | job)
+
     def _mend(self) -> list[dict[str, Any]]:
         """Start over after the persister has ended; a store that refuses now is tried again.
+
+        The new one asks the store whether it may write, which takes long when the store is away.
+        Its answer comes with the events, so that training goes on meanwhile.
 
         Raises:
             FencedError: That was its last word; connecting again would fence the newer trainer.
         """
         self._hear_last_words()
-        logger.warning("the persister is gone and is replaced%s", self._complaint())
+        complaint = self._complaint()
+        logger.warning("the persister is gone and is replaced%s", complaint)
         try:
-            self._start()
-            return []
+            if self._num_mends == _MOST_STARTS:
+                raise OSError(f"the persister ends again and again{complaint}")
+            self._num_mends += 1
+            self._connect()
+            self._send(self._opening)
         except OSError as error:
-            self._disconnect()
-            self._mend_at_s = time.monotonic() + _MEND_EVERY_S
-            failed = {"is": "failed", "error": str(error), "num_failures": 1}
-            return [failed | {"retry_in_s": _MEND_EVERY_S}]
+            return self._put_off(str(error))
+        self._is_opening = True
+        self._remind_at_s = time.monotonic() + _TELL_EVERY_S
+        return []
+
+    def _hear_opening(self, message: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Hear whether a new persister is the writer; what became of jobs before is old news."""
+        if message["is"] == "refused":
+            return self._put_off(message["error"])
+        if message["is"] == "opened":
+            self._is_opening, self._num_mends = False, 0
+            self._ask_again()
+        return []
+
+    def _put_off(self, error: str) -> list[dict[str, Any]]:
+        """Let go, and start over a little later; return the event of that."""
+        self._disconnect()
+        self._num_mends = 0
+        self._mend_at_s = time.monotonic() + _MEND_EVERY_S
+        failed = {"is": "failed", "error": error, "num_failures": 1}
+        return [failed | {"retry_in_s": _MEND_EVERY_S}]
+
+    def _remind(self) -> None:
+        """Tell every now and then that a new persister has not answered yet."""
+        if self._is_opening and time.monotonic() >= self._remind_at_s:
+            self._remind_at_s = time.monotonic() + _TELL_EVERY_S
+            self._tell_busy()
 
     def _hear_last_words(self) -> None:
         """Read what still lies in the socket; an error of the connection comes before it."""
@@ -305,8 +355,9 @@ class PersisterClient:
             self._refuse_if_fenced()
         return message
 
-    def _wake(self) -> None:
-        """Let the persister go on if somebody has stopped it by a signal."""
+    def _tell_busy(self) -> None:
+        """Tell that we wait for it, and let it go on if somebody has stopped it by a signal."""
+        logger.warning("waiting for the persister, which is busy with %s", self._url)
         assert self._socket is not None, "connected"
         with suppress(ProcessLookupError):
             os.kill(_peer(self._socket)[0], signal.SIGCONT)
@@ -316,8 +367,7 @@ class PersisterClient:
         while True:
             message = self._receive(_TELL_EVERY_S)
             if message is None:
-                logger.warning("waiting for the persister, which is busy with %s", self._url)
-                self._wake()
+                self._tell_busy()
             elif message["is"] in kinds:
                 return message
 
