@@ -5,9 +5,10 @@
 
 Writes a file of that size, starts a training on it, and ends it after some batches; then starts it
 again, with what the first has kept. Memory is the largest resident one that a process ever had, as
-the kernel counts it (VmHWM), mapped files included. All are started by torchrun. Beside it: each
-worker parses the file (`json`), and Hugging Face's `datasets` where it is installed. The directory
-needs four times the room; all is removed at the end.
+the kernel counts it (VmHWM), mapped files included. All are started by torchrun, ours by
+`trm_dist launch` as well. Beside it: each worker parses the file (`json`), and Hugging Face's
+`datasets` where it is installed. The directory needs four times the room; all is removed at the
+end.
 """
 
 import importlib.util
@@ -22,6 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tests.benchmarks.recovery import LAUNCH
 from tests.benchmarks.table import Goal, Row, end_in_order, parser, publish
 from tests.elastic.harness import SMALL, Training, as_arguments, started
 
@@ -35,7 +37,8 @@ _FLAGS = {
     "--shards": "2",
     "--checkpoint-interval": "1000000",
 }
-_OURS = "ours"
+_OURS = {"": "ours", ", trm_dist launch": "ours, launched"}
+"""What the rows of our ways end with."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def measure(plan: Plan, kind: str, parent: str | None, *, with_peers: bool) -> l
         write(data, int(plan.gigabytes * 1e9))
         size = f"{data.stat().st_size / 1e9:.2g} GB of {kind}, 2 workers"
         for number in range(plan.rounds):
-            for name in _ways() if with_peers else (_OURS,):
+            for name in [*_OURS.values(), *(_peers() if with_peers else ())]:
                 for what, value in _starts(name, data, plan.batches).items():
                     took.setdefault(what, {}).setdefault(name, []).append(value)
             print(f"round {number + 1} of {plan.rounds}", file=sys.stderr)
@@ -71,15 +74,16 @@ def measure(plan: Plan, kind: str, parent: str | None, *, with_peers: bool) -> l
         shutil.rmtree(directory)
     return [
         Row(
-            subject=f"data, {size}", what=what, unit="MiB" if "memory" in what else "s",
-            better="less", ours=values.pop(_OURS), peers=values, goal=Goal(1.0),
+            subject=f"data, {size}", what=what + how, unit="MiB" if "memory" in what else "s",
+            better="less", ours=values[ours], goal=Goal(1.0),
+            peers={name: each for name, each in values.items() if name not in _OURS.values()},
         )
         for what, values in took.items()
+        for how, ours in _OURS.items()
     ]  # fmt: skip
 
 
-def _ways() -> Iterator[str]:
-    yield _OURS
+def _peers() -> Iterator[str]:
     yield "json"
     if importlib.util.find_spec("datasets"):
         yield "datasets"
@@ -103,12 +107,14 @@ def _starts(name: str, data: Path, batches: int) -> dict[str, float]:
 
 def _command(name: str, data: Path, cache: Path, run: Path) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    if name != _OURS:
+    if name not in _OURS.values():
         peers = ["-m", "tests.benchmarks.text_peers"]
         return [*torchrun, *peers, name, str(data), str(cache)]
     base = {flag: value for flag, value in SMALL.items() if "dataset" not in flag}
     own = {"--dataset": str(data), "--cache-dir": str(cache), "--checkpoint-dir": str(run)}
-    return [*torchrun, "-m", "trm_dist", "train", *as_arguments(base | own | _FLAGS)]
+    flags = as_arguments(base | own | _FLAGS)
+    under_torchrun = [*torchrun, "-m", "trm_dist", "train", *flags]
+    return under_torchrun if name == _OURS[""] else [*LAUNCH, *flags]
 
 
 def _start(command: list[str], run: Path, cache: Path, batches: int) -> tuple[float, int]:
