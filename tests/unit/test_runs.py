@@ -197,6 +197,10 @@ def test_writers_that_claim_at_once_get_generations_of_their_own(tmp_path: Path)
         b'"text"',
         b'{"run_id": "run-1"}',
         json.dumps({**RUN.summary(), "unknown": 1}).encode(),
+        json.dumps({**RUN.summary(), "generation": "1"}).encode(),
+        json.dumps({**RUN.summary(), "writer": None}).encode(),
+        json.dumps({**RUN.summary(), "branch": True}).encode(),
+        b"[" * 100_000,
     ],
 )
 def test_record_that_cannot_be_read_is_none(content: bytes) -> None:

@@ -16,7 +16,7 @@ import socket
 import time
 import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from hashlib import blake2b
 from typing import Any, Self
 
@@ -238,6 +238,12 @@ def _record_of(run: Run) -> bytes:
 
 def _parse(record: bytes | None) -> Run | None:
     try:
-        return Run(**json.loads(record)) if record is not None else None
-    except (ValueError, TypeError):
+        run = Run(**json.loads(record)) if record is not None else None
+    except (ValueError, TypeError, RecursionError):
         return None
+    return run if run and all(_holds(run, each) for each in fields(Run)) else None
+
+
+def _holds(run: Run, each: Field[Any]) -> bool:
+    """Tell whether a field holds what it is for, which nobody else has looked at."""
+    return type(getattr(run, each.name)) is each.type
