@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -69,6 +70,17 @@ def test_everyone_moves_on_once_and_never_in_a_new_store(free_port: int) -> None
         for old in (first, second):  # meant for the old store, though the number may be the same
             move_on(store, "job", old)
         assert current(store, "job") == fresh
+
+
+def test_rendezvous_that_is_away_is_waited_for_without_a_dump_of_the_stack(
+    free_port: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(connect, f"127.0.0.1:{free_port}")
+        time.sleep(4)  # as long as torch would wait once, and then tell of it
+        with rendezvous(free_port):
+            assert current(waiting.result(), "job").number == 0
+    assert "frame #" not in capfd.readouterr().err
 
 
 def test_outcome_is_that_of_one_generation(free_port: int) -> None:

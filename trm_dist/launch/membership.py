@@ -137,6 +137,8 @@ def connect(endpoint: str) -> TCPStore:
     told_s = time.monotonic()
     while True:
         try:
+            # torch tells of each failure in twenty lines of its own, so it is not asked in vain.
+            socket.create_connection((host, port), _CONNECT_S).close()
             return TCPStore(
                 host, port, is_master=False, wait_for_workers=False,
                 timeout=timedelta(seconds=_CONNECT_S),
