@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -429,6 +430,14 @@ def test_snapshot_dir_that_cannot_be_used_is_told_and_training_goes_on(
     with training(directory, flags=flags) as run:
         assert run.end() == 0, run.messages()
     assert "not even two memory snapshots" in run.messages()
+
+
+def test_limit_on_file_sizes_that_forbids_them_is_told_once(directory: Path) -> None:
+    with training(directory, launch=1) as run:
+        resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (50_000, 50_000))
+        assert run.end() == 2, run.messages()
+    assert run.messages().count("Raise that limit (ulimit -f)") == 1
+    assert "Traceback" not in run.messages()
 
 
 def test_snapshots_are_private_and_gone_at_the_end(directory: Path) -> None:

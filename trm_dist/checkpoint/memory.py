@@ -14,6 +14,7 @@ import fcntl
 import logging
 import mmap
 import os
+import resource
 import stat
 import struct
 import time
@@ -25,6 +26,7 @@ from hashlib import blake2b
 import xxhash
 
 from trm_dist.checkpoint import replay
+from trm_dist.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -282,6 +284,9 @@ def take_slots(
         num_slots: How many to ask for; 0: none that outlive the workers.
         header_bytes: Length of a header, which may grow a little.
         body_bytes: Room for the tensors of a state.
+
+    Raises:
+        ConfigError: A limit forbids files that large.
     """
     own = SnapshotDir(directory, identity)
     own.reclaim()
@@ -302,7 +307,7 @@ def take_slots(
                 own.free_bytes() / 2**20, number,
             )  # fmt: skip
         return slots
-    if num_slots:
+    if num_slots and not (trouble and trouble.errno == errno.EFBIG):
         logger.warning(
             "%s: not even two memory snapshots of %.1f MiB fit (%s; %.1f MiB free), so a worker "
             "that is killed costs what was trained since the last checkpoint. Make it larger, give "
@@ -314,11 +319,24 @@ def take_slots(
 
 
 def private_slots(*, num_slots: int, header_bytes: int, body_bytes: int) -> Slots:
-    """Return slots that only this process and whoever it hands them to can see."""
+    """Return slots that only this process and whoever it hands them to can see.
+
+    Raises:
+        ConfigError: A limit forbids files that large, to memory and checkpoints alike.
+    """
     descriptor = os.memfd_create("trm_dist-snapshots")
-    return Slots.allocate(
-        descriptor, num_slots=num_slots, header_bytes=header_bytes, body_bytes=body_bytes
-    )
+    try:
+        return Slots.allocate(
+            descriptor, num_slots=num_slots, header_bytes=header_bytes, body_bytes=body_bytes
+        )
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise ConfigError(
+            f"{num_slots} memory snapshots of {body_bytes / 2**20:.1f} MiB are larger than a file "
+            f"may be here ({resource.getrlimit(resource.RLIMIT_FSIZE)[0]} bytes). Raise that limit "
+            "(ulimit -f)."
+        ) from error
 
 
 def reopened(slots: Slots) -> int:
