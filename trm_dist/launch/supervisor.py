@@ -105,6 +105,7 @@ class Supervisor:
             if server:
                 server.close()
             await self._end()
+            signal.set_wakeup_fd(-1)  # the loop closes its end of it before it lets signals go
 
     async def _keep_going(self) -> int:
         """Act on one event after the other until one of them ends this node's part."""
