@@ -15,6 +15,8 @@ TrmDistError
 `-- TrainingError         training itself failed, such as a loss that is not finite; exit code 1
 """
 
+import errno
+
 EXIT_GAVE_UP = 1
 EXIT_CRASHED = 1
 """Of a worker that has failed; a restart may help."""
@@ -31,6 +33,12 @@ EXIT_INTERRUPTED = 130
 EXIT_PREEMPTED = 143
 
 
+_LASTING = (
+    FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError,
+)  # fmt: skip
+"""What is otherwise only after somebody has mended it."""
+
+
 class TrmDistError(Exception):
     """Any failure this package raises on purpose."""
 
@@ -42,8 +50,8 @@ class UserError(TrmDistError, ValueError):
 def is_away(error: UserError | OSError) -> bool:
     """Tell whether a store could not be reached, which may be otherwise in a moment."""
     cause = error if isinstance(error, OSError) else error.__cause__
-    return isinstance(cause, OSError) and not isinstance(
-        cause, FileNotFoundError | IsADirectoryError | PermissionError
+    return isinstance(cause, OSError) and not (
+        isinstance(cause, _LASTING) or cause.errno == errno.EROFS
     )
 
 

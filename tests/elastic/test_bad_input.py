@@ -5,12 +5,13 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.elastic.harness import training
+from tests.elastic.harness import small_file_system, training
 from trm_dist.cli import main
 
 GOOD = {"context": "c", "query": "q", "completion": "a"}
@@ -129,6 +130,23 @@ def test_directory_that_cannot_be_written_is_named(
     where = ["--checkpoint-dir", str(tmp_path / "file" / "below")]
     assert main([command, "--dataset", "sudoku4:train?count=50", *where]) == 2
     assert "cannot be" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/.trm_dist", "read-only"])
+def test_directory_that_cannot_be_written_is_told_once_by_launch(
+    place: str, tmp_path: Path
+) -> None:
+    directory = tmp_path / "checkpoints"
+    with ExitStack() as stack:
+        if place == "read-only":
+            stack.enter_context(small_file_system(directory, "1m"))
+            subprocess.run(["mount", "-o", "remount,ro", str(directory)], check=True)
+        else:
+            (tmp_path / place).parent.mkdir(exist_ok=True)
+            (tmp_path / place).write_text("not a directory")
+        with training(directory, launch=1) as run:
+            assert run.end() == 2
+    assert run.messages().count("Mend that or choose another") == 1
 
 
 @pytest.fixture(scope="module")

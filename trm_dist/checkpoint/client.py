@@ -236,7 +236,7 @@ class PersisterClient:
         self._send(self._opening)
         answer = self._answer("opened", "refused")
         if answer["is"] == "refused":
-            raise OSError(answer["error"])
+            raise OSError(*answer["cause"])  # of its own kind, which tells whether it may pass
         return Run(**answer["run"])
 
     def _attach(self) -> list[dict[str, Any]]:

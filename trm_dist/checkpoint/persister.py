@@ -209,8 +209,8 @@ class Persister:
         except Exception as error:  # noqa: BLE001 whatever it is, the client must hear of it
             if client is self._client:
                 kind = "fenced" if isinstance(error, FencedError) else "refused"
-                by = getattr(error, "by", "")
-                self._tell({"is": kind, "error": str(error) or repr(error), "by": by})
+                by, text = getattr(error, "by", ""), str(error) or repr(error)
+                self._tell({"is": kind, "error": text, "by": by, "cause": _cause(error, text)})
             return
         if client is not self._client:  # it has gone, and another one asks for itself
             return
@@ -390,6 +390,13 @@ class Persister:
             if is_over and journal in self._journals:
                 self._journals.remove(journal)
                 journal.close()
+
+
+def _cause(error: Exception, text: str) -> list[Any]:
+    """Return what an OSError of the same kind is made of."""
+    if isinstance(error, OSError) and error.errno and isinstance(error.filename, str | None):
+        return [error.errno, error.strerror, error.filename]
+    return [text]
 
 
 def _as_recorded(store: Store, run: Run) -> Run | None:
