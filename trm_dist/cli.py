@@ -62,6 +62,7 @@ def main(arguments: Sequence[str], defaults: Config | None = None) -> int:
 
 def _guarded(command: Callable[[bool], int]) -> int:
     """Run a command, which is told whether it speaks for all workers, and return the exit code."""
+    logs.open_streams()
     rank = int(os.environ.get("RANK", "0"))
     logs.configure(rank=rank, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     die_with_agent(os.environ)

@@ -5,6 +5,8 @@ import os
 import sys
 from contextlib import suppress
 
+_STDERR = 2
+
 
 def configure(*, rank: int, world_size: int) -> None:
     """Send log records to stderr: the first worker from INFO on, the others from WARNING on."""
@@ -19,6 +21,15 @@ def configure(*, rank: int, world_size: int) -> None:
     )
     for name in ("botocore", "aiobotocore"):  # where each key was found is not news
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def open_streams() -> None:
+    """Send streams that came closed nowhere, so that no file of ours takes their place."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout = sys.stdout or os.fdopen(1, "w")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 def _fresh_line() -> str:
