@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.elastic.harness import small_file_system, training
+from tests.elastic.harness import kill, small_file_system, training
 from trm_dist.cli import main
 
 GOOD = {"context": "c", "query": "q", "completion": "a"}
@@ -147,6 +147,18 @@ def test_directory_that_cannot_be_written_is_told_once_by_launch(
         with training(directory, launch=1) as run:
             assert run.end() == 2
     assert run.messages().count("Mend that or choose another") == 1
+
+
+def test_directory_that_is_lost_to_a_file_is_the_last_word_of_launch(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    flags = {"--epochs": "1000", "--checkpoint-interval": "100000"}
+    with training(directory, launch=1, flags=flags) as run:
+        run.wait_for_batches(5)
+        (directory / ".trm_dist").rename(directory / "aside")
+        (directory / ".trm_dist").write_text("not a directory")
+        kill(run.named("trm worker 0"))
+        assert run.end() == 2
+    assert run.messages().rstrip().endswith("Mend that or choose another.")
 
 
 @pytest.fixture(scope="module")

@@ -167,6 +167,7 @@ class Supervisor:
         """End what another start would not mend: this node's part, or the run."""
         if event["code"] == EXIT_UNFIT:
             return await self._leave({"text": f"worker {event['rank']}: {event['error']}"})
+        self._cause = ""  # that of an earlier failure; the worker itself has told of this one
         return await self._give_up(EXIT_USAGE if event["code"] == EXIT_USAGE else EXIT_GAVE_UP)
 
     def _meet_anew(self, rank: int) -> None:
