@@ -110,6 +110,21 @@ def test_other_zip_programs_find_no_damage(tmp_path: Path) -> None:
         assert "No errors detected" in done.stdout, done.stdout + done.stderr
 
 
+def test_file_has_the_bytes_that_zipfile_itself_writes() -> None:
+    ours = written(make_state(7) | {"empty": torch.ones(0, 3)})
+    stream = io.BytesIO()
+
+    with zipfile.ZipFile(io.BytesIO(ours)) as archive, zipfile.ZipFile(stream, "w") as own:
+        own.comment = archive.comment
+        for each in archive.infolist():
+            record = zipfile.ZipInfo(each.filename)
+            record.extra = each.extra
+            with own.open(record, "w") as target:
+                target.write(archive.read(each))
+
+    assert stream.getvalue() == ours
+
+
 def test_every_tensor_begins_at_a_multiple_of_64(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     path.write_bytes(written({str(size): torch.ones(size) for size in (1, 3, 1000, 7)}))

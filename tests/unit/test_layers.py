@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trm_dist.model.layers import EPSILON, Attention, GatedMlp, _Gated, add_and_norm
+from trm_dist.model.layers import (
+    EPSILON,
+    Attention,
+    GatedMlp,
+    Linear,
+    _Gated,
+    add_and_norm,
+)
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 AXES = pytest.mark.parametrize("axis", [1, 2])
@@ -52,6 +59,17 @@ def test_gradient_of_the_norm_is_that_of_differences(axis: int) -> None:
 def test_gradient_of_the_gate_is_that_of_differences(axis: int) -> None:
     x = pair()[0][:2, :4, :6].double().requires_grad_()
     assert torch.autograd.gradcheck(lambda each: _Gated.apply(each, axis), (x,))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_gradient_of_a_map_over_positions_is_that_of_differences(axis: int) -> None:
+    x = pair()[0][:3, :4, :6].double().transpose(0, 1 - axis).requires_grad_()
+    layer = Linear(4, 5, torch.Generator().manual_seed(1), axis).double()
+
+    def mapped(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight": weight}, (x,))
+
+    assert torch.autograd.gradcheck(mapped, (x, layer.weight))
 
 
 @AXES

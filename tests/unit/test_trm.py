@@ -109,3 +109,26 @@ def test_bf16_is_for_activations_and_close_to_fp32(net: str) -> None:
         if one.grad is not None and one.grad.norm() > 0:
             cosine = torch.cosine_similarity(one.grad.flatten(), other.grad.flatten(), dim=0)
             assert cosine > 0.95
+
+
+@pytest.mark.parametrize("is_recording", [True, False])
+@pytest.mark.parametrize(
+    "prefix", [{}, {"prefix_len": 2}, {"prefix_len": 2, "puzzle_emb_ndim": 20}]
+)
+def test_bf16_mixer_keeps_positions_first_in_memory(
+    prefix: dict[str, int], is_recording: bool
+) -> None:
+    model = Trm(shape(net="mlp", **prefix), seed=0, precision="bf16")
+    tokens = torch.zeros(4, 5, dtype=torch.int64)
+    seen: list[bool] = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, x: seen.append(x[0].is_contiguous()))
+    carried = model.start(4)
+
+    with torch.set_grad_enabled(is_recording):
+        for _ in range(2):
+            _, _, *carried = model(tokens, *carried, model.vectors_of(None, 4))
+
+    assert len(seen) == 2 * 3 * 3 * 2
+    assert all(seen)
+    assert all(each.transpose(0, 1).is_contiguous() for each in carried)
